@@ -1,0 +1,93 @@
+"""Gradients of blocks of weights: of each training sequence, and of a mechanism's probe function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mda_lightning.architectures import Block, BlockName, describe
+from mda_lightning.mechanisms import Mechanism
+from mda_lightning.modes import evaluating, frozen
+from mda_lightning.sequence_loss import loss_at_hidden
+from mda_lightning.taps import Taps
+from mda_lightning.units import Head
+
+#: Gradient, IHVP or any other vector of the parameter subspace: one matrix [o, i] per block.
+BlockVector = dict[tuple[Head, BlockName], Tensor]
+
+
+class SequenceBackward(NamedTuple):
+    """One batch's layer inputs x [B, T, in], output gradients δ [B, T, out], loss per token [B, T]."""
+
+    inputs: dict[str, Tensor]
+    deltas: dict[str, Tensor]
+    loss: Tensor
+
+
+def sequence_backward(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    tokens: Tensor,
+    *,
+    uniform: Tensor | None = None,
+) -> SequenceBackward:
+    """Forward and truncated backward of the loss summed over positions, at fixed weights.
+
+    The backward starts at the unembedding and stops at the lowest layer in ``names``; nothing is
+    written to ``.grad``. Sequences do not mix, so δ[b] belongs to sequence b alone.
+
+    Args:
+        model: a causal language model.
+        names: dotted names of the Linear layers to read.
+        tokens: int64 [B, T+1]; position t predicts token t+1.
+        uniform: float32 [B, T] to sample labels from the model; None takes the data's labels.
+    """
+    tokens = tokens.to(model.device, torch.int64)
+    with evaluating(model), frozen(model), torch.enable_grad(), Taps(model, names) as taps:
+        hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        labels = None if uniform is not None else tokens[:, 1:]
+        end = loss_at_hidden(model.get_output_embeddings(), hidden, labels, uniform=uniform)
+        deltas = taps.gradients(hidden, grad_output=end.gradient)
+        return SequenceBackward(dict(taps.inputs), deltas, end.loss)
+
+
+def sequence_gradients(block: Block, inputs: Tensor, deltas: Tensor) -> Tensor:
+    """G_i = Σ_t δ[t] x[t]ᵀ of one block, for each sequence: [B, o, i]."""
+    x = inputs[..., block.columns]
+    delta = deltas[..., block.rows].to(x.dtype)
+    return torch.bmm(delta.transpose(1, 2), x)
+
+
+def probe_gradients(
+    model: PreTrainedModel, mechanism: Mechanism, units: Sequence[Head]
+) -> BlockVector:
+    """∇f of the mechanism's probe function, restricted to each unit's blocks: {(unit, block): [o, i]}.
+
+    Where every head has an f of its own, one backward per layer serves that layer's heads: a head's
+    attention pattern does not depend on its neighbours' weights. Gradients through other heads'
+    values, in layers between, are all there.
+    """
+    layout = describe(model)
+    blocks = layout.blocks(units, mechanism.block_names)
+    found: BlockVector = {}
+    by_layer = {
+        layer: [b for b in blocks if b.unit.layer == layer] for layer in range(layout.n_layers)
+    }
+    names = [block.module for block in blocks]
+    with evaluating(model), frozen(model), torch.enable_grad(), Taps(model, names) as taps:
+        value = mechanism.probe(model)
+        per_head = value.dim() > 0
+        for layer, own in by_layer.items():
+            if not own:
+                continue
+            scalar = value[layer].sum() if per_head else value
+            deltas = taps.gradients(scalar, {b.module: None for b in own}, retain_graph=True)
+            for block in own:
+                x = taps.inputs[block.module]
+                gradient = sequence_gradients(block, x, deltas[block.module]).sum(0)
+                found[block.unit, block.name] = gradient.detach()
+    return found

@@ -1,0 +1,242 @@
+"""Mechanisms: the triple (μ, π, f) of a unit (SPEC §1, Table 3).
+
+μ is the monitoring metric, π the blocks of weights that belong to the unit, f the probe function
+whose gradient influence scores project on. f is always higher-is-better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mda_lightning.architectures import HEAD_BLOCKS, BlockName, describe, real_token_ids
+from mda_lightning.attention import capture_attention
+from mda_lightning.metrics import AttentionScore, UnitScores
+from mda_lightning.probes import (
+    ProbeSet,
+    random_sequences,
+    repeated_sequences,
+    single_target_sequences,
+)
+
+ProbeFunction = Literal["attention", "log_attention", "copy_logprob"]
+
+
+@runtime_checkable
+class Mechanism(Protocol):
+    """What the rest of the package asks of a mechanism."""
+
+    name: ClassVar[str]
+
+    @property
+    def block_names(self) -> tuple[BlockName, ...]:
+        """π: the blocks that f has a gradient in."""
+        ...
+
+    @property
+    def chance(self) -> float:
+        """μ of a head with uniform attention. Known once token ids are."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines μ and f, as JSON values."""
+        ...
+
+    def with_token_ids(self, token_ids: list[int]) -> Mechanism:
+        """The same mechanism, probed with these token ids."""
+        ...
+
+    def scores(self, model: PreTrainedModel) -> UnitScores:
+        """μ of every head, [L, heads]; no gradient, no random number, the model as before."""
+        ...
+
+    def probe(self, model: PreTrainedModel) -> Tensor:
+        """f: a 0-dim tensor where one f serves all heads, else [L, heads]; differentiable."""
+        ...
+
+
+@dataclass(frozen=True)
+class _HeadMechanism:
+    """Settings shared by the mechanisms of attention heads.
+
+    Attributes:
+        n_sequences: sequences in μ's probe set.
+        n_probe_sequences: sequences in f's probe set.
+        seed, probe_seed: seeds of the two sets; they must differ, so that a sample is not scored by
+            the sequences that later judge it.
+        bos: a token put in front of every sequence, or None (default, SPEC §2).
+        token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
+            the model's configuration tells.
+    """
+
+    n_sequences: int = 100
+    n_probe_sequences: int = 100
+    seed: int = 0
+    probe_seed: int = 1
+    bos: int | None = None
+    token_ids: tuple[int, ...] | None = None
+    _built: dict[Any, ProbeSet] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.seed == self.probe_seed:
+            raise ValueError(
+                f"seed and probe_seed are both {self.seed}: the metric and the probe function must "
+                "use different random sequences; give two seeds"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        values = {k: v for k, v in asdict(replace(self, _built={})).items() if k != "_built"}
+        ids = self.token_ids
+        if ids is not None and ids == tuple(range(ids[0], ids[-1] + 1)):
+            values["token_ids"] = {"first": ids[0], "last": ids[-1]}
+        return values
+
+    def with_token_ids(self, token_ids: list[int]) -> Any:
+        return replace(self, token_ids=tuple(int(i) for i in token_ids), _built={})
+
+    def _draw(self, kind: str, build: Callable[..., ProbeSet], model: PreTrainedModel) -> ProbeSet:
+        ids = self.token_ids or tuple(real_token_ids(model).tolist())
+        key = (kind, ids)
+        if key not in self._built:
+            self._built[key] = build(ids)
+        return self._built[key]
+
+    def _measure(self, probes: ProbeSet, model: PreTrainedModel) -> UnitScores:
+        layout = describe(model)
+        metric = AttentionScore(probes, n_layers=layout.n_layers, n_heads=layout.n_heads)
+        metric.update(model)
+        return metric.compute()
+
+
+def _attention_probe(model: PreTrainedModel, probes: ProbeSet, *, log: bool) -> Tensor:
+    """Mean (log) attention over the entries, per head: [L, heads]."""
+    with capture_attention(model, probes.sequence, probes.query, probes.key) as capture:
+        model.base_model(input_ids=probes.tokens.to(model.device), use_cache=False)
+    pattern = capture.stacked()
+    # The smallest normal float32 keeps the gradient finite where attention underflows to 0.
+    values = pattern.clamp_min(torch.finfo(torch.float32).tiny).log() if log else pattern
+    return torch.einsum("e,elh->lh", probes.weight.to(values), values)
+
+
+def _copy_logprob(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
+    """Mean log-probability of the copy target (Eq. 18): the logits at ``query`` predict it."""
+    device = model.device
+    hidden = model.base_model(input_ids=probes.tokens.to(device), use_cache=False).last_hidden_state
+    at = hidden[probes.sequence.to(device), probes.query.to(device)]
+    logits = model.get_output_embeddings()(at).float()
+    logprob = torch.log_softmax(logits, dim=-1)
+    chosen = logprob.gather(1, probes.target.to(device)[:, None])[:, 0]
+    return (probes.weight.to(chosen) * chosen).sum()
+
+
+@dataclass(frozen=True)
+class InductionHead(_HeadMechanism):
+    """Induction head: μ induction score; π QK, V, O; f ``attention`` or ``copy_logprob``.
+
+    Attributes:
+        probe_function: "attention" is the mean attention to the induction target, "log_attention"
+            its mean logarithm (App. B); both have a gradient in QK only. "copy_logprob" is the mean
+            log-probability of the right copy (Eq. 18), with a gradient in QK, V and O.
+        length: base length L is uniform in this range, both ends included.
+        repeats: copies of the base sequence (R).
+        layout: "repeated" uses every determined position; "single_target" is Eq. 18's layout.
+    """
+
+    name: ClassVar[str] = "induction"
+    probe_function: ProbeFunction = "attention"
+    length: tuple[int, int] = (8, 20)
+    repeats: int = 2
+    layout: Literal["repeated", "single_target"] = "repeated"
+
+    @property
+    def block_names(self) -> tuple[BlockName, ...]:
+        return HEAD_BLOCKS if self.probe_function == "copy_logprob" else ("QK",)
+
+    @property
+    def chance(self) -> float:
+        return self._probes("mu", self.token_ids or tuple(range(self.length[1]))).chance
+
+    def scores(self, model: PreTrainedModel) -> UnitScores:
+        return self._measure(self._draw("mu", partial(self._probes, "mu"), model), model)
+
+    def probe(self, model: PreTrainedModel) -> Tensor:
+        probes = self._draw("f", partial(self._probes, "f"), model)
+        if self.probe_function == "copy_logprob":
+            return _copy_logprob(model, probes)
+        return _attention_probe(model, probes, log=self.probe_function == "log_attention")
+
+    def _probes(self, kind: str, ids: tuple[int, ...]) -> ProbeSet:
+        if kind == "f" and self.layout == "single_target":
+            return single_target_sequences(
+                ids,
+                seed=self.probe_seed,
+                n_sequences=self.n_probe_sequences,
+                length=(max(5, 2 * self.length[0]), 2 * self.length[1]),
+                bos=self.bos,
+            )
+        return repeated_sequences(
+            ids,
+            seed=self.seed if kind == "mu" else self.probe_seed,
+            n_sequences=self.n_sequences if kind == "mu" else self.n_probe_sequences,
+            length=self.length,
+            repeats=self.repeats,
+            bos=self.bos,
+        )
+
+
+@dataclass(frozen=True)
+class PreviousTokenHead(_HeadMechanism):
+    """Previous-token head: μ and f mean attention to t−1 on random sequences; π QK (Eq. 15–17)."""
+
+    name: ClassVar[str] = "previous_token"
+    probe_function: Literal["attention", "log_attention"] = "attention"
+    length: tuple[int, int] = (16, 40)
+
+    @property
+    def block_names(self) -> tuple[BlockName, ...]:
+        return ("QK",)
+
+    @property
+    def chance(self) -> float:
+        return self._probes("mu", self.token_ids or tuple(range(self.length[1]))).chance
+
+    def scores(self, model: PreTrainedModel) -> UnitScores:
+        return self._measure(self._draw("mu", partial(self._probes, "mu"), model), model)
+
+    def probe(self, model: PreTrainedModel) -> Tensor:
+        probes = self._draw("f", partial(self._probes, "f"), model)
+        return _attention_probe(model, probes, log=self.probe_function == "log_attention")
+
+    def _probes(self, kind: str, ids: tuple[int, ...]) -> ProbeSet:
+        return random_sequences(
+            ids,
+            seed=self.seed if kind == "mu" else self.probe_seed,
+            n_sequences=self.n_sequences if kind == "mu" else self.n_probe_sequences,
+            length=self.length,
+            bos=self.bos,
+        )
+
+
+MECHANISMS: dict[str, Callable[..., Mechanism]] = {
+    InductionHead.name: InductionHead,
+    PreviousTokenHead.name: PreviousTokenHead,
+}
+
+
+def mechanism(name: str, **settings: Any) -> Mechanism:
+    """A mechanism by name, with its settings.
+
+    Raises:
+        ValueError: no mechanism has that name; the message lists those that exist.
+    """
+    if name not in MECHANISMS:
+        raise ValueError(f"{name!r} is not a mechanism; there are: {', '.join(MECHANISMS)}")
+    if isinstance(ids := settings.get("token_ids"), (list, range)):
+        settings["token_ids"] = tuple(int(i) for i in ids)
+    return MECHANISMS[name](**settings)

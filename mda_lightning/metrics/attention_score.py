@@ -1,0 +1,136 @@
+"""Scores that are a mean attention probability over the entries of a probe set (App. C, Eq. 15)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from mda_lightning.architectures import describe, real_token_ids
+from mda_lightning.attention import capture_attention
+from mda_lightning.modes import evaluating
+from mda_lightning.probes import ProbeSet, random_sequences, repeated_sequences
+
+
+class UnitScores(NamedTuple):
+    """Mean over sequences and its standard error, each float32 [L, heads]."""
+
+    mean: Tensor
+    se: Tensor
+
+
+def attention_per_sequence(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
+    """Mean attention over each sequence's entries, float32 [N, L, heads].
+
+    Differentiable where gradients are enabled; runs the model without its unembedding and in the
+    mode it is in.
+    """
+    device = model.device
+    with capture_attention(model, probes.sequence, probes.query, probes.key) as capture:
+        model.base_model(input_ids=probes.tokens.to(device), use_cache=False)
+    return probes.per_sequence(capture.stacked())
+
+
+def summarise(total: Tensor, total_squares: Tensor, count: Tensor | int) -> UnitScores:
+    """Mean and standard error from sums over sequences (sample variance, n − 1)."""
+    n = torch.as_tensor(count, dtype=torch.float64, device=total.device)
+    mean = total / n
+    variance = (total_squares - n * mean**2) / (n - 1).clamp(min=1)
+    return UnitScores(mean.float(), (variance.clamp(min=0) / n).sqrt().float())
+
+
+class AttentionScore(Metric):
+    """Mean attention over a probe set's entries, for every head at once.
+
+    ``update(model)`` evaluates the probe set on a model; ``compute()`` gives :class:`UnitScores`.
+    States are sums over sequences, so ranks may hold different probe sets. Usable on any
+    checkpoint, without Lightning.
+
+    Args:
+        probes: the probe set.
+        n_layers: layers of the model to be measured.
+        n_heads: heads per layer.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    total: Tensor
+    total_squares: Tensor
+    count: Tensor
+
+    def __init__(self, probes: ProbeSet, *, n_layers: int, n_heads: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.probes = probes
+        zeros = torch.zeros(n_layers, n_heads, dtype=torch.float64)
+        self.add_state("total", zeros, dist_reduce_fx="sum")
+        self.add_state("total_squares", zeros.clone(), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, model: PreTrainedModel) -> None:
+        """Add the probe set, evaluated on ``model``."""
+        with evaluating(model):
+            values = attention_per_sequence(model, self.probes).double().to(self.total.device)
+        self.total += values.sum(0)
+        self.total_squares += values.square().sum(0)
+        self.count += len(values)
+
+    def compute(self) -> UnitScores:
+        """Mean over sequences and its standard error, [L, heads] each."""
+        return summarise(self.total, self.total_squares, self.count)
+
+
+class InductionScore(AttentionScore):
+    """Induction score of every head (App. C): see :func:`repeated_sequences` for the parameters."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        token_ids: Sequence[int] | Tensor | None = None,
+        seed: int = 0,
+        n_sequences: int = 100,
+        length: tuple[int, int] = (8, 20),
+        repeats: int = 2,
+        bos: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layout = describe(model)
+        probes = repeated_sequences(
+            real_token_ids(model) if token_ids is None else token_ids,
+            seed=seed,
+            n_sequences=n_sequences,
+            length=length,
+            repeats=repeats,
+            bos=bos,
+        )
+        super().__init__(probes, n_layers=layout.n_layers, n_heads=layout.n_heads, **kwargs)
+
+
+class PreviousTokenScore(AttentionScore):
+    """Previous-token score of every head on random sequences (Eq. 15): see :func:`random_sequences`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        token_ids: Sequence[int] | Tensor | None = None,
+        seed: int = 0,
+        n_sequences: int = 100,
+        length: tuple[int, int] = (16, 40),
+        bos: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layout = describe(model)
+        probes = random_sequences(
+            real_token_ids(model) if token_ids is None else token_ids,
+            seed=seed,
+            n_sequences=n_sequences,
+            length=length,
+            bos=bos,
+        )
+        super().__init__(probes, n_layers=layout.n_layers, n_heads=layout.n_heads, **kwargs)

@@ -1,0 +1,122 @@
+"""Layer inputs and output gradients of chosen Linear layers, and nothing else.
+
+For a linear layer y = Wx everything influence needs of a sample is x[t] and δ[t] = ∂L/∂y[t].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+Consume = Callable[[str, Tensor, Tensor], None]
+
+
+class Taps:
+    """Forward hooks on named Linear layers that keep their inputs and outputs.
+
+    Use as a context manager. Within it every forward of the model records, per name, the input
+    (detached) and the output (in the graph; made to require a gradient where the graph starts).
+
+    Args:
+        model: the model that holds the layers.
+        names: dotted names of Linear layers in ``model``.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._modules = {name: model.get_submodule(name) for name in dict.fromkeys(names)}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Taps:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._record(name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.inputs.clear()
+        self.outputs.clear()
+
+    def _record(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_(True)
+            self.inputs[name] = args[0].detach()
+            self.outputs[name] = output
+
+        return hook
+
+    def gradients(
+        self,
+        value: Tensor,
+        names: Iterable[str] | None = None,
+        *,
+        grad_output: Tensor | None = None,
+        retain_graph: bool = False,
+    ) -> dict[str, Tensor]:
+        """∂value/∂output of the tapped layers; zeros where ``value`` does not depend on one.
+
+        ``grad_output`` weighs a ``value`` that is not a scalar. Never touches ``.grad``.
+        """
+        wanted = list(self.outputs if names is None else names)
+        outputs = [self.outputs[name] for name in wanted]
+        found = torch.autograd.grad(
+            value, outputs, grad_outputs=grad_output, retain_graph=retain_graph, allow_unused=True
+        )
+        return {
+            name: torch.zeros_like(output) if gradient is None else gradient
+            for name, output, gradient in zip(wanted, outputs, found, strict=True)
+        }
+
+
+class TrainingTaps:
+    """Taps on someone else's forward and backward: each layer's (x, δ) as the backward reaches it.
+
+    Nothing is kept past the backward, and neither outputs nor gradients are changed. ``consume`` is
+    called with (name, x, δ), both detached, ``[B, T, features]``. While ``enabled`` is False the
+    hooks do nothing, so that probing the same model is not taken for training.
+
+    Args:
+        model: the model that holds the layers.
+        names: dotted names of Linear layers in ``model``.
+        consume: what to do with a layer's input and output gradient.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], consume: Consume) -> None:
+        self._consume = consume
+        self.enabled = True
+        self._handles = [
+            model.get_submodule(name).register_forward_hook(self._watch(name))
+            for name in dict.fromkeys(names)
+        ]
+
+    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
+                return
+            layer_input = args[0].detach()
+
+            def arrived(gradient: Tensor) -> None:
+                with torch.no_grad():
+                    self._consume(name, layer_input, gradient.detach())
+
+            output.register_hook(arrived)
+
+        return hook
+
+    def remove(self) -> None:
+        """Take the hooks off; may be called more than once."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
