@@ -1,0 +1,208 @@
+"""The detector's promises: starts are back-dated, ends have reasons, state is the history."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mda_lightning.window import WindowDetector, WindowRule, replay
+from mda_lightning.window_fit import refine
+
+FLOOR = 0.052
+
+
+def logistic(n: int, *, height: float, midpoint: float, width: float) -> np.ndarray:
+    return FLOOR + height / (1 + np.exp(-(np.arange(n) - midpoint) / width))
+
+
+def noisy(curve: np.ndarray, *, seed: int, sd: float = 0.004) -> np.ndarray:
+    return curve + np.random.default_rng(seed).normal(size=curve.shape) * sd
+
+
+def detect(values: np.ndarray, *, every: int = 10) -> tuple[WindowDetector, list]:
+    columns = values.reshape(len(values), -1)
+    detector = WindowDetector(columns.shape[1], floor=FLOOR)
+    return detector, replay(detector, range(0, every * len(values), every), columns)
+
+
+def test_the_start_is_the_first_of_five_values_above_the_threshold() -> None:
+    values = np.full(60, FLOOR)
+    values[30:34] = 0.2  # four are not enough
+    values[40:] = 0.2
+    detector, events = detect(values)
+    assert [(e.kind, e.step, e.start) for e in events[:4]] == [
+        ("warning", 300, 300),
+        ("calm", 340, 300),
+        ("warning", 400, 400),
+        ("opened", 440, 400),
+    ]
+    assert detector.windows()[0].start == 400
+
+
+def test_a_window_closes_by_level_when_the_ema_has_held_it_five_times() -> None:
+    values = np.full(80, FLOOR)
+    values[30:] = 0.8
+    detector, events = detect(values)
+    smooth, ema = [], FLOOR
+    for value in values:
+        ema += 0.3 * (value - ema)
+        smooth.append(ema)
+    first = int(np.argmax(np.array(smooth) >= 0.4))
+    closed = next(e for e in events if e.kind == "closed")
+    assert (closed.step, closed.reason) == (10 * (first + 4), "level")
+    assert detector.states == ["FORMED"]
+
+
+def test_a_rise_that_ends_below_the_level_closes_on_its_plateau() -> None:
+    """The paper's 70M model ends at 0.304: a fixed 0.4 alone never fires."""
+    curve = logistic(400, height=0.25, midpoint=150, width=10)
+    detector, _ = detect(noisy(curve, seed=0))
+    (window,) = detector.windows()
+    assert window.end_reason == "plateau"
+    assert not window.censored
+    assert window.end is not None and curve[window.end // 10] > FLOOR + 0.9 * 0.25
+    assert window.midpoint is not None and abs(window.midpoint - 1500) < 60
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_flat_curves_and_short_spikes_open_nothing(seed: int) -> None:
+    values = noisy(np.full(400, FLOOR), seed=seed, sd=0.008)
+    values[50::60] += 0.5
+    values[51::60] += 0.5
+    assert detect(values)[0].windows() == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_simulated_rises_are_found_near_where_the_clean_curve_crosses(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    clean = logistic(
+        500, height=rng.uniform(0.2, 0.8), midpoint=rng.uniform(150, 300), width=rng.uniform(3, 30)
+    )
+    detector, _ = detect(noisy(clean, seed=seed))
+    (window,) = detector.windows()
+    crossing = int(np.argmax(clean > detector.up[0]))
+    assert abs(window.start / 10 - crossing) <= 5
+    assert window.end is not None and window.start < window.end
+
+
+def test_a_noisy_floor_raises_the_threshold() -> None:
+    quiet, _ = detect(noisy(np.full(60, FLOOR), seed=1, sd=0.001))
+    loud, _ = detect(noisy(np.full(60, FLOOR), seed=1, sd=0.03))
+    assert quiet.up[0] == pytest.approx(0.10)
+    assert loud.up[0] > 0.15
+
+
+def test_a_head_that_hands_over_lapses_and_may_rise_again() -> None:
+    values = np.full(200, FLOOR)
+    values[30:80] = 0.6
+    values[130:] = 0.6
+    detector, events = detect(values)
+    assert [e.kind for e in events if e.kind in ("opened", "closed", "lapsed")] == [
+        "opened",
+        "closed",
+        "lapsed",
+        "opened",
+        "closed",
+    ]
+    assert [w.start for w in detector.windows()] == [300, 1300]
+
+
+def test_a_rise_that_falls_back_before_it_formed_is_reported_as_lapsed() -> None:
+    values = np.full(120, FLOOR)
+    values[30:45] = 0.2
+    (window,) = detect(values)[0].windows()
+    assert (window.end_reason, window.state) == ("lapsed", "LAPSED")
+
+
+def test_a_run_that_stops_inside_a_window_reports_it_as_censored() -> None:
+    detector, _ = detect(logistic(155, height=0.5, midpoint=170, width=15))
+    (window,) = detector.windows()
+    assert window.censored and window.end is None and window.midpoint is None
+
+
+def test_a_model_that_had_the_head_from_the_first_evaluation_is_marked() -> None:
+    (window,) = detect(np.full(40, 0.6))[0].windows()
+    assert window.start == 0 and window.start_censored
+
+
+def test_units_do_not_see_each_other() -> None:
+    curves = np.stack(
+        [noisy(logistic(300, height=0.1 * i, midpoint=150, width=9), seed=i) for i in range(8)], 1
+    )
+    together, _ = detect(curves)
+    for unit in range(8):
+        alone, _ = detect(curves[:, unit])
+        mine = [w for w in together.windows() if w.unit_index == unit]
+        assert [(w.start, w.end, w.midpoint) for w in mine] == [
+            (w.start, w.end, w.midpoint) for w in alone.windows()
+        ]
+
+
+@settings(max_examples=12, deadline=None)
+@given(cut=st.integers(0, 249), seed=st.integers(0, 3))
+def test_stopped_anywhere_and_restored_it_finds_the_identical_windows(cut: int, seed: int) -> None:
+    curves = np.stack(
+        [noisy(logistic(250, height=h, midpoint=110, width=8), seed=seed) for h in (0.0, 0.3)], 1
+    )
+    curves[100:103, 1] = np.nan
+    whole, events = detect(curves)
+    first = WindowDetector(2, floor=FLOOR)
+    before = replay(first, range(0, 10 * cut, 10), curves[:cut])
+    second = WindowDetector(2, floor=FLOOR)
+    second.load_state_dict(first.state_dict())
+    after = replay(second, range(10 * cut, 2500, 10), curves[cut:])
+    assert before + after == events
+    assert second.windows() == whole.windows()
+    np.testing.assert_equal(second.state_dict(), whole.state_dict())
+
+
+def test_state_is_plain_lists_and_numbers() -> None:
+    detector, _ = detect(logistic(50, height=0.5, midpoint=20, width=3))
+    assert json.loads(json.dumps(detector.state_dict())) == detector.state_dict()
+
+
+def test_missing_values_change_nothing_but_their_count() -> None:
+    curve = logistic(300, height=0.5, midpoint=120, width=6)
+    with_gap = curve.copy()
+    with_gap[40:50] = np.nan
+    gap, _ = detect(with_gap)
+    whole, _ = detect(curve)
+    assert gap.n_missing[0] == 10
+    assert gap.windows()[0].start == whole.windows()[0].start
+    nothing, events = detect(np.full(30, np.nan))
+    assert events == [] and nothing.windows() == []
+
+
+def test_repeated_steps_are_counted_and_decreasing_ones_refused() -> None:
+    detector = WindowDetector(1, floor=FLOOR)
+    detector.update(10, [0.05])
+    assert detector.update(10, [0.9]) == []
+    assert detector.n_repeated == 1
+    with pytest.raises(ValueError, match="step 5 comes after step 10"):
+        detector.update(5, [0.05])
+    with pytest.raises(ValueError, match="2 values for 1 units at step 20"):
+        detector.update(20, [0.1, 0.2])
+
+
+def test_thresholds_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"level=0\.05 is not above minimum_up=0\.1"):
+        WindowRule(level=0.05)
+    with pytest.raises(ValueError, match=r"rearm=1\.5"):
+        WindowRule(rearm=1.5)
+    with pytest.raises(ValueError, match="n_units is 1"):
+        WindowDetector(1).load_state_dict(WindowDetector(2).state_dict())
+
+
+def test_the_refinement_recovers_a_logistic_it_was_given() -> None:
+    steps = np.arange(0.0, 3000.0, 10.0)
+    values = 0.05 + 0.4 / (1 + np.exp(-(steps - 1500) / 80))
+    fit = refine(steps, values, start=1300, end=2200)
+    assert fit is not None
+    assert fit.midpoint == pytest.approx(1500, abs=1)
+    assert fit.start == pytest.approx(1500 - 80 * np.log(9), abs=3)
+    assert fit.end == pytest.approx(1500 + 80 * np.log(9), abs=3)
+    assert refine(steps[:3], values[:3], start=0, end=20) is None
