@@ -1,0 +1,17 @@
+"""Corpora: token rows on disk, and what makes them."""
+
+from mda_lightning.corpora.arrays import MegatronIndex, rows_from_megatron, rows_from_npy
+from mda_lightning.corpora.bpe import train_bpe
+from mda_lightning.corpora.texts import rows_from_folder, rows_from_jsonl, rows_from_texts
+from mda_lightning.corpora.token_rows import TokenRows
+
+__all__ = [
+    "MegatronIndex",
+    "TokenRows",
+    "rows_from_folder",
+    "rows_from_jsonl",
+    "rows_from_megatron",
+    "rows_from_npy",
+    "rows_from_texts",
+    "train_bpe",
+]
