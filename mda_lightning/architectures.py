@@ -184,7 +184,7 @@ def find_language_model(module: nn.Module, name: str | None = None) -> PreTraine
     candidates = [
         (n, m)
         for n, m in module.named_modules()
-        if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None
+        if isinstance(m, PreTrainedModel) and unembedding(m) is not None
     ]
     outermost = [
         (n, m)
@@ -202,7 +202,13 @@ def find_language_model(module: nn.Module, name: str | None = None) -> PreTraine
     return outermost[0][1]
 
 
-def real_token_ids(model: nn.Module) -> Tensor:
+def unembedding(model: PreTrainedModel) -> nn.Module:
+    """The layer that maps final hidden states [.., d_model] to logits [.., V]."""
+    found: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return found
+
+
+def real_token_ids(model: PreTrainedModel) -> Tensor:
     """Token ids that a model's tokenizer really uses, without special or padding ids, int64 [V'].
 
     Known for the Pythia suite: vocabulary 50304, 50432 or 50688 around a tokenizer of 50277 ids,

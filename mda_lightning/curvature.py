@@ -211,7 +211,7 @@ class _Moments:
             if not torch.isfinite(own).all():
                 raise CurvatureError(
                     f"the gradient of {block.unit} {block.name} is not finite in the sequences "
-                    f"{self.n_sequences - sequences}..{self.n_sequences - 1} of the curvature data; "
+                    f"{self.n_sequences - sequences}..{self.n_sequences - 1} of the curvature set; "
                     "the model has diverged or the precision is too low"
                 )
             gradients[block.unit, block.name] = own.cpu()

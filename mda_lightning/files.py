@@ -40,7 +40,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             "user can write to; choose another output folder"
         ) from error
     # The suffix stays last: several writers (torch, pyarrow, matplotlib) read the format off it.
-    part = destination.with_name(f".{destination.stem}.part-{secrets.token_hex(4)}{destination.suffix}")
+    part = destination.with_name(
+        f".{destination.stem}.part-{secrets.token_hex(4)}{destination.suffix}"
+    )
     try:
         yield part
         if part.is_dir() and destination.is_dir():
@@ -56,7 +58,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write ``value`` as indented JSON, aside and then renamed."""
     with atomic_path(path) as part:
-        part.write_text(json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n", "utf-8")
+        part.write_text(
+            json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n", "utf-8"
+        )
     return Path(path)
 
 

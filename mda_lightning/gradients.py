@@ -1,4 +1,4 @@
-"""Gradients of blocks of weights: of each training sequence, and of a mechanism's probe function."""
+"""Gradients of blocks of weights: of each training sequence, and of a probe function."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import Block, BlockName, describe
+from mda_lightning.architectures import Block, BlockName, describe, unembedding
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.modes import evaluating, frozen
 from mda_lightning.sequence_loss import loss_at_hidden
@@ -21,7 +21,7 @@ BlockVector = dict[tuple[Head, BlockName], Tensor]
 
 
 class SequenceBackward(NamedTuple):
-    """One batch's layer inputs x [B, T, in], output gradients δ [B, T, out], loss per token [B, T]."""
+    """A batch's layer inputs x [B, T, in], output gradients δ [B, T, out], token losses [B, T]."""
 
     inputs: dict[str, Tensor]
     deltas: dict[str, Tensor]
@@ -50,7 +50,7 @@ def sequence_backward(
     with evaluating(model), frozen(model), torch.enable_grad(), Taps(model, names) as taps:
         hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
         labels = None if uniform is not None else tokens[:, 1:]
-        end = loss_at_hidden(model.get_output_embeddings(), hidden, labels, uniform=uniform)
+        end = loss_at_hidden(unembedding(model), hidden, labels, uniform=uniform)
         deltas = taps.gradients(hidden, grad_output=end.gradient)
         return SequenceBackward(dict(taps.inputs), deltas, end.loss)
 
@@ -65,7 +65,7 @@ def sequence_gradients(block: Block, inputs: Tensor, deltas: Tensor) -> Tensor:
 def probe_gradients(
     model: PreTrainedModel, mechanism: Mechanism, units: Sequence[Head]
 ) -> BlockVector:
-    """∇f of the mechanism's probe function, restricted to each unit's blocks: {(unit, block): [o, i]}.
+    """∇f of a mechanism's probe function in each unit's blocks: {(unit, block): [o, i]}.
 
     Where every head has an f of its own, one backward per layer serves that layer's heads: a head's
     attention pattern does not depend on its neighbours' weights. Gradients through other heads'

@@ -5,8 +5,8 @@
 **Positive: training on z promotes the unit.** A gradient step on z moves θ along −∇L(z), and f with
 it by −∇fᵀ∇L(z), here in the metric of the curvature.
 
-Two estimators, never mixed: *replay* at one fixed θ (:func:`replay_scores`), and *in-run* at the θ a
-sample was trained on, from the training step's own forward and backward
+Two estimators, never mixed: *replay* at one fixed θ (:func:`replay_scores`), and *in-run* at the θ
+a sample was trained on, from the training step's own forward and backward
 (:class:`TrainingStepScorer`).
 """
 

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import HEAD_BLOCKS, BlockName, describe, real_token_ids
+from mda_lightning.architectures import (
+    HEAD_BLOCKS,
+    BlockName,
+    describe,
+    real_token_ids,
+    unembedding,
+)
 from mda_lightning.attention import capture_attention
 from mda_lightning.metrics import AttentionScore, UnitScores
 from mda_lightning.probes import (
@@ -129,7 +135,7 @@ def _copy_logprob(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     device = model.device
     hidden = model.base_model(input_ids=probes.tokens.to(device), use_cache=False).last_hidden_state
     at = hidden[probes.sequence.to(device), probes.query.to(device)]
-    logits = model.get_output_embeddings()(at).float()
+    logits = unembedding(model)(at).float()
     logprob = torch.log_softmax(logits, dim=-1)
     chosen = logprob.gather(1, probes.target.to(device)[:, None])[:, 0]
     return (probes.weight.to(chosen) * chosen).sum()

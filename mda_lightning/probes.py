@@ -19,7 +19,7 @@ class ProbeSet:
     """Sequences, and the entries (query -> key, and next token) that a score reads in them.
 
     Attributes:
-        tokens: int64 [N, T], padded on the right with a real token (causal attention never sees it).
+        tokens: int64 [N, T], padded on the right, where causal attention never looks.
         sequence, query, key: int64 [E], the attention entries, 0-based.
         target: int64 [E], the token that follows ``query`` if the sequence goes on as before:
             **the logits at position** ``query`` **predict it**.

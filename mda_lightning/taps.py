@@ -111,7 +111,7 @@ class TrainingTaps:
                 with torch.no_grad():
                     self._consume(name, layer_input, gradient.detach())
 
-            output.register_hook(arrived)
+            output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
         return hook
 

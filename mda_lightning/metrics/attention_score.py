@@ -112,7 +112,7 @@ class InductionScore(AttentionScore):
 
 
 class PreviousTokenScore(AttentionScore):
-    """Previous-token score of every head on random sequences (Eq. 15): see :func:`random_sequences`."""
+    """Previous-token score of every head (Eq. 15): see :func:`random_sequences`."""
 
     def __init__(
         self,
