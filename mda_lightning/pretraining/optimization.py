@@ -66,7 +66,7 @@ def learning_rate_schedule(
         return max(m, (1 + math.cos(math.pi * (s - w) / n)) / 2)
 
     def wsd(s: int) -> float:
-        if s <= n - d:
+        if d == 0 or s <= n - d:
             return warmup(s)
         return m + (1 - m) * max(0, n - s) / d
 
