@@ -2,13 +2,15 @@
 
 Training keeps its own attention (SDPA, flash). Inside :func:`capture_attention` the model uses a
 registered function that computes the same attention explicitly and keeps only the asked entries;
-on leaving, the former implementation is back, bit for bit.
+on leaving, the former implementation is back, bit for bit. :func:`attention_at` reads a probe set
+at the least cost: short sequences are not padded to the longest, and the forward ends as soon
+as the last layer's pattern is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from mda_lightning.probes import ProbeSet
+
 _NAME = "mda_capture"
+_BUCKETS = 4
+
+
+class _AllPatternsRead(Exception):
+    """Ends a forward whose remainder nobody needs."""
 
 
 @dataclass
@@ -26,6 +35,7 @@ class AttentionCapture:
 
     Attributes:
         sequence, query, key: int64 [E], the entries to keep (0-based positions).
+        last_layer: the forward ends once this layer's pattern is read; None runs it to its end.
         layers: layer index -> probabilities float32 [E, heads], part of the autograd graph when
             gradients are enabled.
     """
@@ -33,6 +43,7 @@ class AttentionCapture:
     sequence: Tensor
     query: Tensor
     key: Tensor
+    last_layer: int | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
 
     def stacked(self) -> Tensor:
@@ -75,6 +86,8 @@ def _capturing_attention(
     pattern = torch.softmax(scores, dim=-1, dtype=torch.float32)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     capture.layers[layer] = pattern[capture.sequence, :, capture.query, capture.key]
+    if layer == capture.last_layer:
+        raise _AllPatternsRead
     out = torch.matmul(pattern.to(query.dtype), value).transpose(1, 2).contiguous()
     return out, pattern
 
@@ -84,22 +97,30 @@ AttentionInterface.register(_NAME, _capturing_attention)
 
 @contextmanager
 def capture_attention(
-    model: PreTrainedModel, sequence: Tensor, query: Tensor, key: Tensor
+    model: PreTrainedModel,
+    sequence: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    last_layer: int | None = None,
 ) -> Iterator[AttentionCapture]:
     """Within the block, forwards of ``model`` keep the attention at the given entries.
+
+    With ``last_layer`` the block ends, without an error, once that layer's pattern is read.
 
     Args:
         model: a Hugging Face model whose attention implementation can be switched.
         sequence: int64 [E], row of the batch.
         query: int64 [E], position that attends.
         key: int64 [E], position attended to.
+        last_layer: the layer after which nothing is needed; None for a whole forward.
 
     Raises:
         ValueError: the model's attention implementation cannot be switched.
     """
     former = model.config._attn_implementation
     device = model.device
-    capture = AttentionCapture(sequence.to(device), query.to(device), key.to(device))
+    capture = AttentionCapture(sequence.to(device), query.to(device), key.to(device), last_layer)
     model.set_attn_implementation(_NAME)
     if model.config._attn_implementation != _NAME:
         raise ValueError(
@@ -108,7 +129,33 @@ def capture_attention(
         )
     token = _active.set(capture)
     try:
-        yield capture
+        with suppress(_AllPatternsRead):
+            yield capture
     finally:
         _active.reset(token)
         model.set_attn_implementation(former)
+
+
+def attention_at(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
+    """Attention probabilities at a probe set's entries, float32 [E, L, heads].
+
+    Differentiable where gradients are enabled, and then read in one forward, so that hooks on the
+    model see one. The model runs in the mode it is in, without its unembedding.
+    """
+    last_layer = int(model.config.num_hidden_layers) - 1
+    needed = probes.needed_lengths
+    buckets = 1 if torch.is_grad_enabled() else _BUCKETS
+    found, places = [], []
+    for rows in needed.argsort(stable=True).chunk(buckets):
+        own = torch.isin(probes.sequence, rows).nonzero()[:, 0]
+        place = torch.empty(probes.n_sequences, dtype=torch.int64)
+        place[rows] = torch.arange(len(rows))
+        sequence = place[probes.sequence[own]]
+        tokens = probes.tokens[rows, : int(needed[rows].max())].to(model.device)
+        with capture_attention(
+            model, sequence, probes.query[own], probes.key[own], last_layer=last_layer
+        ) as capture:
+            model.base_model(input_ids=tokens, use_cache=False)
+        found.append(capture.stacked())
+        places.append(own)
+    return torch.cat(found)[torch.cat(places).argsort().to(model.device)]

@@ -22,7 +22,7 @@ from mda_lightning.architectures import (
     real_token_ids,
     unembedding,
 )
-from mda_lightning.attention import capture_attention
+from mda_lightning.attention import attention_at
 from mda_lightning.metrics import AttentionScore, UnitScores
 from mda_lightning.probes import (
     ProbeSet,
@@ -122,9 +122,7 @@ class _HeadMechanism:
 
 def _attention_probe(model: PreTrainedModel, probes: ProbeSet, *, log: bool) -> Tensor:
     """Mean (log) attention over the entries, per head: [L, heads]."""
-    with capture_attention(model, probes.sequence, probes.query, probes.key) as capture:
-        model.base_model(input_ids=probes.tokens.to(model.device), use_cache=False)
-    pattern = capture.stacked()
+    pattern = attention_at(model, probes)
     # The smallest normal float32 keeps the gradient finite where attention underflows to 0.
     values = pattern.clamp_min(torch.finfo(torch.float32).tiny).log() if log else pattern
     return torch.einsum("e,elh->lh", probes.weight.to(values), values)

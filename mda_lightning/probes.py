@@ -38,6 +38,12 @@ class ProbeSet:
         return self.tokens.shape[0]
 
     @property
+    def needed_lengths(self) -> Tensor:
+        """Tokens of each sequence up to its last query, int64 [N]; later ones change nothing."""
+        lengths = torch.zeros(self.n_sequences, dtype=torch.int64)
+        return lengths.scatter_reduce_(0, self.sequence, self.query + 1, "amax")
+
+    @property
     def chance(self) -> float:
         """The score of uniform attention: the mean of 1/(number of visible positions)."""
         return float((self.weight.double() / (self.query.double() + 1)).sum())

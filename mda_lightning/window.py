@@ -96,8 +96,19 @@ class WindowDetector:
         return self._smooth[self._n - 1].copy() if self._n else np.full(self.n_units, np.nan)
 
     @property
+    def highest(self) -> NDArray[np.float64]:
+        """[n_units] the highest values so far; NaN where none was finite."""
+        if not self._n:
+            return np.full(self.n_units, np.nan)
+        return np.asarray(np.fmax.reduce(self._values[: self._n], axis=0))
+
+    @property
     def states(self) -> list[State]:
         return [STATES[code] for code in self._state]
+
+    @property
+    def n_evaluations(self) -> int:
+        return self._n
 
     @property
     def last_step(self) -> int | None:

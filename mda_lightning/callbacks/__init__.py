@@ -1,0 +1,6 @@
+"""Lightning callbacks: watch heads form, find their windows, score the data that made them."""
+
+from mda_lightning.callbacks.critical_window import CriticalWindow
+from mda_lightning.callbacks.unit_monitor import UnitMonitor
+
+__all__ = ["CriticalWindow", "UnitMonitor"]

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import describe, real_token_ids
-from mda_lightning.attention import capture_attention
+from mda_lightning.attention import attention_at
 from mda_lightning.modes import evaluating
 from mda_lightning.probes import ProbeSet, random_sequences, repeated_sequences
 
@@ -29,10 +29,7 @@ def attention_per_sequence(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     Differentiable where gradients are enabled; runs the model without its unembedding and in the
     mode it is in.
     """
-    device = model.device
-    with capture_attention(model, probes.sequence, probes.query, probes.key) as capture:
-        model.base_model(input_ids=probes.tokens.to(device), use_cache=False)
-    return probes.per_sequence(capture.stacked())
+    return probes.per_sequence(attention_at(model, probes))
 
 
 def summarise(total: Tensor, total_squares: Tensor, count: Tensor | int) -> UnitScores:
