@@ -1,0 +1,89 @@
+"""Where in the stream a run is, and what makes Lightning's own counters agree with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+
+@dataclass
+class StreamPosition:
+    """How far a fit has read a schedule.
+
+    Attributes:
+        start_step: the step that this fit begins with; 0, or what the checkpoint had consumed.
+        accumulate: micro-batches of a step.
+        restored: whether ``start_step`` came from a checkpoint.
+        lead: micro-batches consumed before Lightning's current epoch. Not 0 only where a finished
+            run is carried on, which Lightning counts as a new epoch from batch 0.
+    """
+
+    start_step: int = 0
+    accumulate: int = 1
+    restored: bool = False
+    lead: int = 0
+
+    @property
+    def start(self) -> int:
+        """The micro-batch that this fit begins with."""
+        return self.start_step * self.accumulate
+
+    def consumed_steps(self, trainer: pl.Trainer) -> int:
+        """Optimizer steps whose batches were trained; a started accumulation does not count.
+
+        ``processed`` is the one counter that is right both in ``on_train_batch_end``, where
+        checkpoints are saved before ``completed`` is counted, and on an exception, when ``ready``
+        already counts the batch that failed.
+        """
+        return int(self.lead + _batch_progress(trainer).current.processed) // self.accumulate
+
+    def begin(self, accumulate: int) -> None:
+        """Forget an earlier fit; a checkpoint, where there is one, is read after this."""
+        self.start_step, self.restored, self.lead = 0, False, 0
+        self.accumulate = accumulate
+
+
+class ResumeAtStep(Callback):
+    """Put Lightning's batch counters where the stream begins.
+
+    A checkpoint of an exception may lie between the micro-batches of a step, whose gradients are
+    lost: the stream goes back to the step's first micro-batch, and so must the counter that decides
+    when the optimizer steps. The same holds when a run goes on with other micro-batches.
+    """
+
+    def __init__(self, position: StreamPosition) -> None:
+        self.position = position
+        self._begun = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun = False
+        position = self.position
+        if trainer.ckpt_path and trainer.global_step > 0 and not position.restored:
+            raise ValueError(
+                f"{trainer.ckpt_path} was trained for {trainer.global_step} steps but holds no "
+                "position for TokenDataModule: it was saved by another data module, so where to go "
+                "on in the data is unknown. Load its weights only, and start a run of its own"
+            )
+        progress = _batch_progress(trainer)
+        shift = position.start - progress.current.processed
+        if position.restored and progress.current.processed and shift:
+            for tracker in (progress.current, progress.total):
+                tracker.completed += shift
+                # What was begun and not processed is forgotten, as Lightning does on a restart.
+                tracker.processed += shift
+                tracker.ready = tracker.started = tracker.processed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        if not self._begun:
+            self._begun = True
+            self.position.lead = self.position.start - batch_idx
+
+
+def _batch_progress(trainer: pl.Trainer) -> Any:
+    # Lightning declares its trackers by a base class that lacks the fields used here.
+    return trainer.fit_loop.epoch_loop.batch_progress

@@ -1,0 +1,210 @@
+"""The one data module: token rows in the order of a schedule, resumed exactly."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import Dataset
+
+from mda_lightning.corpora import TokenRows
+from mda_lightning.datamodules.resume import ResumeAtStep, StreamPosition
+from mda_lightning.datamodules.scheduled_batches import (
+    Batch,
+    BatchLoader,
+    FromPosition,
+    RowBatches,
+    ScheduledBatches,
+)
+from mda_lightning.interventions import Plan
+from mda_lightning.schedule import BaseOrder, Schedule, StreamDigest
+
+SCHEMA_VERSION = 1
+
+
+class TokenDataModule(pl.LightningDataModule):
+    """Batches of token rows for a Trainer, with or without a plan.
+
+    A batch is a dict: ``tokens`` int64 [B, T + 1], ``sample_id`` int64 [B], ``weight`` float32 [B]
+    and ``provenance`` uint8 [B] (:data:`~mda_lightning.schedule.BASE` or ``INSERTED``). The run is
+    one Lightning epoch of ``len(self.schedule)`` steps; passes over the corpus are the order's own.
+    Training resumes at the exact next sample from any checkpoint of a step or an exception.
+
+    Args:
+        rows: the corpus, or its folder.
+        batch_size: samples of an optimizer step, over all ranks and micro-batches.
+        n_steps: optimizer steps of the base order; insertions with ``shift`` add to them.
+        seed: of the base order.
+        shuffle: False takes the rows in order.
+        plan: what to change in the stream, or the file of a plan.
+        branch: allow to go on from a checkpoint of a run with another plan, where the two streams
+            agree on everything that the checkpoint has already trained on.
+        accumulate: micro-batches of a step; None takes the Trainer's ``accumulate_grad_batches``.
+        num_workers: processes that load ahead; 0 loads in the training process.
+        val_rows: a corpus for validation, or its folder.
+
+    Raises:
+        FileNotFoundError: no corpus, or no plan, there.
+        ValueError: a plan made for another corpus or order, or that does not fit; a corpus smaller
+            than one batch.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows | str,
+        *,
+        batch_size: int,
+        n_steps: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        plan: Plan | str | None = None,
+        branch: bool = False,
+        accumulate: int | None = None,
+        num_workers: int = 0,
+        val_rows: TokenRows | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows = _opened(rows)
+        self.val_rows = None if val_rows is None else _opened(val_rows)
+        self.plan = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan or Plan()
+        if self.plan.corpus_hash not in (None, self.rows.content_hash):
+            raise ValueError(
+                f"plan {self.plan.name!r} was made for corpus {self.plan.corpus_hash[:12]}, this "
+                f"one is {self.rows.content_hash[:12]} ({self.rows.folder}); its sample ids mean "
+                "other text here: use its corpus or build the plan again"
+            )
+        order = BaseOrder(len(self.rows), batch_size, n_steps, seed, shuffle)
+        self.schedule = Schedule(order, self.plan)
+        self.branch = branch
+        self.num_workers = num_workers
+        self._accumulate = accumulate
+        self._seed = seed
+        self._position = StreamPosition(accumulate=accumulate or 1)
+        self._digest = StreamDigest(self.schedule)
+
+    def setup(self, stage: str) -> None:
+        """Check that the Trainer and the schedule agree.
+
+        Raises:
+            ValueError: they do not; the message says what to set.
+        """
+        trainer: Any = self.trainer  # `callbacks` is set on it outside its declaration
+        if stage != "fit" or trainer is None:
+            return
+        asked = trainer.accumulate_grad_batches
+        if self._accumulate not in (None, asked):
+            raise ValueError(
+                f"accumulate is {self._accumulate}, Trainer(accumulate_grad_batches={asked}); "
+                "make them equal, or leave accumulate out"
+            )
+        steps = len(self.schedule)
+        if trainer.max_steps > steps or (trainer.max_steps < 0 and trainer.max_epochs != 1):
+            raise ValueError(
+                f"the schedule has {steps} steps, the Trainer has max_steps={trainer.max_steps} "
+                f"and max_epochs={trainer.max_epochs}; use Trainer(max_steps={steps}) or a larger "
+                "n_steps (passes over the corpus belong to the schedule, not to Lightning's epochs)"
+            )
+        self._position.begin(asked)
+        # What an interrupted fit left behind goes: Lightning calls no teardown on an exception.
+        others = [c for c in trainer.callbacks if not isinstance(c, ResumeAtStep)]
+        trainer.callbacks = [ResumeAtStep(self._position), *others]
+
+    def teardown(self, stage: str) -> None:
+        """Take back what ``setup`` gave the Trainer."""
+        trainer: Any = self.trainer
+        if stage == "fit" and trainer is not None:
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ResumeAtStep)]
+
+    def train_dataloader(self) -> BatchLoader:
+        """This rank's micro-batches, from the position that was restored, if any."""
+        batches = ScheduledBatches(
+            self.rows,
+            self.schedule,
+            accumulate=self._position.accumulate,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+        )
+        sampler = FromPosition(len(batches), lambda: self._position.start)
+        return self._loader(batches, sampler)
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """The rows of ``val_rows`` in order; empty without them."""
+        if self.val_rows is None:
+            return []
+        world_size = self.trainer.world_size if self.trainer else 1
+        batches = RowBatches(
+            self.val_rows,
+            self.schedule.order.batch_size // (self._position.accumulate * world_size),
+            world_size=world_size,
+            rank=self.trainer.global_rank if self.trainer else 0,
+        )
+        return self._loader(batches, FromPosition(len(batches), lambda: 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream and what identifies the stream; JSON values."""
+        trainer, step = self.trainer, self._position.start_step
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            step = self._position.consumed_steps(trainer)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "corpus_hash": self.rows.content_hash,
+            "order_hash": self.schedule.order.content_hash,
+            "plan_hash": self.plan.content_hash,
+            "stream_hash": self._digest.at(step),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped.
+
+        Raises:
+            ValueError: the checkpoint is of another corpus, order or plan, and for another plan
+                ``branch`` is False or the streams differ in what was already trained on.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, mine in (
+            ("corpus", self.rows.content_hash),
+            ("order", self.schedule.order.content_hash),
+        ):
+            if state_dict[f"{name}_hash"] != mine:
+                raise ValueError(
+                    f"the checkpoint was trained on {name} {state_dict[f'{name}_hash'][:12]}, this "
+                    f"run has {mine[:12]}; resume with the same corpus, batch_size, seed and "
+                    "shuffle, or load the weights only"
+                )
+        step, stream_hash = state_dict["step"], state_dict["stream_hash"]
+        if step > len(self.schedule):
+            raise ValueError(
+                f"the checkpoint has trained {step} steps, this schedule has only "
+                f"{len(self.schedule)}; raise n_steps"
+            )
+        if state_dict["plan_hash"] != self.plan.content_hash:
+            self._check_branch(step, stream_hash, state_dict["plan_hash"])
+        self._position.start_step = step
+        self._position.restored = True
+        self._digest = StreamDigest(self.schedule, step, stream_hash)
+
+    def _check_branch(self, step: int, stream_hash: str, plan_hash: str) -> None:
+        plans = f"plan {plan_hash[:12]}, this run has plan {self.plan.content_hash[:12]}"
+        if not self.branch:
+            raise ValueError(
+                f"the checkpoint was trained with {plans}; resume with the same plan, or pass "
+                "branch=True to go on from it with this one"
+            )
+        if StreamDigest(self.schedule).at(step) != stream_hash:
+            raise ValueError(
+                f"cannot branch: the checkpoint was trained with {plans} ({self.plan.name!r}), and "
+                f"the two differ within the {step} steps that it has already trained; start the "
+                f"plan's windows at step {step} or later, or branch from an earlier checkpoint"
+            )
+
+    def _loader(self, batches: Dataset[Batch], sampler: FromPosition) -> BatchLoader:
+        return BatchLoader(batches, sampler, num_workers=self.num_workers, seed=self._seed)
+
+
+def _opened(rows: TokenRows | str | Path) -> TokenRows:
+    return rows if isinstance(rows, TokenRows) else TokenRows.open(rows)
