@@ -1,0 +1,1 @@
+"""What scores and runs amount to: distributions, effects, spans, composition, the report."""

@@ -1,0 +1,262 @@
+"""Figures of training: all heads over steps, the target head per arm, effects per seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from mda_lightning.analysis.effects import Effect
+from mda_lightning.analysis.figures.style import LIGHT, SMALL, TEXT, Theme, canvas, legend
+
+Floats = NDArray[np.float64]
+
+LEAST_SCALE = 0.2
+"""Colours and axes reach at least this score, so that noise at the floor looks like no rise."""
+
+
+@dataclass(frozen=True)
+class ArmCurve:
+    """The target head's metric in one arm of one seed; ``steps`` on the figure's own axis."""
+
+    arm: str
+    steps: ArrayLike
+    values: ArrayLike
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A treated arm against its control, with one difference per seed."""
+
+    arm: str
+    control: str
+    effect: Effect
+
+
+def heads_heatmap(
+    steps: ArrayLike,
+    values: ArrayLike,
+    *,
+    units: Sequence[str],
+    metric: str = "induction",
+    chance: float | None = None,
+    window: tuple[float | None, float | None, float | None] = (None, None, None),
+    target: str | None = None,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """All heads (rows) over optimizer steps (columns), darkest to brightest from 0 to the peak.
+
+    Args:
+        steps: evaluation steps, ascending, [S].
+        values: metric, [S, U].
+        units: row names, [U].
+        chance: drawn as a tick on the colour bar.
+        window: (start, midpoint, end) of the target's critical window; ``None`` where unknown.
+        target: head whose row is framed.
+    """
+    at = np.asarray(steps, dtype=np.float64)
+    table = np.asarray(values, dtype=np.float64)
+    rows = len(units)
+    per_row = 0.34 if rows <= 12 else 0.24 if rows <= 40 else 0.12
+    figure, (ax,) = canvas(theme, min(11.0, 1.9 + max(1.4, per_row * rows)))
+    ax.grid(False)
+    finite = table[np.isfinite(table)]
+    top = max(float(finite.max()) if finite.size else 0.0, 2.0 * (chance or 0.0), LEAST_SCALE)
+    mesh = ax.pcolormesh(
+        _edges(at), np.arange(rows + 1), table.T, cmap="cividis", vmin=0.0, vmax=top
+    )
+    ax.set_ylim(rows, 0)
+    stride = max(1, math.ceil(rows / 24))
+    ax.set_yticks(np.arange(0, rows, stride) + 0.5, list(units)[::stride])
+    ax.set_xlabel("optimizer steps completed")
+    ax.set_ylabel("head")
+    bar = figure.colorbar(mesh, ax=ax, pad=0.015, aspect=18)
+    bar.set_label(f"{metric} score", color=theme.ink, fontsize=TEXT)
+    bar.ax.tick_params(colors=theme.muted, labelcolor=theme.ink, labelsize=SMALL)
+    if chance is not None:
+        bar.ax.axhline(chance, color="white", linewidth=3.2)
+        bar.ax.axhline(chance, color="black", linewidth=1.4)
+    if target is not None and target in units:
+        row = list(units).index(target)
+        ax.add_patch(
+            Rectangle(
+                (0.0, row),
+                1.0,
+                1.0,
+                transform=ax.get_yaxis_transform(),
+                fill=False,
+                edgecolor="white",
+                linewidth=2.4,
+                clip_on=False,
+            )
+        )
+        label = ax.get_yticklabels()[row // stride] if row % stride == 0 else None
+        if label is not None:
+            label.set_fontweight("bold")
+    for where, name, style in zip(window, ("start", "mid", "end"), ("-", ":", "-"), strict=True):
+        if where is None:
+            continue
+        ax.axvline(where, color="white", linewidth=2.2, linestyle=style)
+        ax.annotate(
+            name,
+            (where, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right" if name == "start" else "left" if name == "end" else "center",
+            color=theme.ink,
+            fontsize=SMALL,
+        )
+    return figure
+
+
+def _edges(steps: Floats) -> Floats:
+    """Column edges halfway between evaluations, so that each colour sits on its step."""
+    if steps.size == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    middle = (steps[1:] + steps[:-1]) / 2
+    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
+
+
+def arm_curves(
+    curves: Sequence[ArmCurve],
+    *,
+    metric: str = "induction",
+    chance: float | None = None,
+    windows: Sequence[tuple[float, float | None]] = (),
+    measured_at: Sequence[float] = (),
+    relative: bool = False,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """The target head in every arm; one panel per operation, each with the baseline.
+
+    Thin lines are seeds, thick ones their mean where every seed of the arm has a value, and the
+    band is the standard error over seeds. Treated arms are solid, random controls dashed.
+
+    Args:
+        curves: one per arm and seed, all on the axis named by ``relative``.
+        windows: (start, end) per seed, on the same axis; ends differ between seeds.
+        measured_at: where the arms are compared.
+        relative: whether steps count from each seed's window start.
+    """
+    operations = list(
+        dict.fromkeys(c.arm.rpartition("-")[0] for c in curves if c.arm.rpartition("-")[0])
+    )
+    panels = operations or [""]
+    figure, axes = canvas(theme, 1.0 + 2.9 * len(panels), rows=len(panels), sharex=True)
+    lowest, highest = 0.0, LEAST_SCALE
+    for ax, operation in zip(axes, panels, strict=True):
+        starts = [start for start, _ in windows]
+        ends = [end for _, end in windows if end is not None]
+        if starts and ends:
+            ax.axvspan(min(starts), max(ends), color=theme.shade, linewidth=0, zorder=0)
+            for end in sorted(set(ends)):
+                ax.axvline(end, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        if chance is not None:
+            ax.axhline(chance, color=theme.muted, linewidth=1.0, linestyle=(0, (6, 3)))
+        arms = [
+            arm
+            for arm in dict.fromkeys(curve.arm for curve in curves)
+            if arm.rpartition("-")[0] in ("", operation)
+        ]
+        for arm in arms:
+            mine = [curve for curve in curves if curve.arm == arm]
+            colour = theme.colour(arm)
+            control = arm.endswith("-random")
+            width = 1.6 if arm.rpartition("-")[0] == "" else 2.4
+            dashes = (0, (4, 2)) if control else "-"
+            grid, table = _on_common_steps(mine)
+            if len(mine) > 1:
+                for curve in mine:
+                    ax.plot(
+                        np.asarray(curve.steps),
+                        np.asarray(curve.values),
+                        color=colour,
+                        alpha=0.30,
+                        linewidth=0.9,
+                        linestyle=dashes,
+                    )
+            if grid.size:
+                mean = table.mean(axis=0)
+                ax.plot(grid, mean, color=colour, linewidth=width, linestyle=dashes, label=arm)
+                if len(mine) > 1:
+                    error = table.std(axis=0, ddof=1) / math.sqrt(len(mine))
+                    ax.fill_between(
+                        grid, mean - error, mean + error, color=colour, alpha=0.16, linewidth=0
+                    )
+            highest = max(highest, *(float(np.nanmax(np.asarray(c.values))) for c in mine))
+        if measured_at:
+            middle = float(np.mean(measured_at))
+            ax.plot(
+                [middle], [0.0], marker="^", color=theme.ink, markersize=9, clip_on=False,
+                transform=ax.get_xaxis_transform(), zorder=5,
+            )  # fmt: skip
+        ax.set_ylabel(f"{metric} score")
+        legend(ax, theme)
+    for ax in axes:
+        ax.set_ylim(lowest, highest * 1.06)
+    axes[-1].set_xlabel(
+        "optimizer steps since the window's start" if relative else "optimizer steps completed"
+    )
+    return figure
+
+
+def _on_common_steps(curves: Sequence[ArmCurve]) -> tuple[Floats, Floats]:
+    """Steps of the first curve inside every curve's range, and all curves there, [seeds, S]."""
+    tracks = [
+        (np.asarray(c.steps, dtype=np.float64), np.asarray(c.values, dtype=np.float64))
+        for c in curves
+    ]
+    low = max(steps[0] for steps, _ in tracks)
+    high = min(steps[-1] for steps, _ in tracks)
+    first = tracks[0][0]
+    grid = first[(first >= low) & (first <= high)]
+    return grid, np.stack([np.interp(grid, steps, values) for steps, values in tracks])
+
+
+def effect_dots(
+    comparisons: Sequence[Comparison], *, metric: str = "induction", theme: Theme = LIGHT
+) -> Figure:
+    """Per-seed differences treated - control as dots, with their mean and 95% interval."""
+    figure, (ax,) = canvas(theme, 1.3 + 0.95 * max(1, len(comparisons)))
+    ax.grid(False, axis="y")
+    ax.axvline(0.0, color=theme.ink, linewidth=1.2)
+    for row, comparison in enumerate(comparisons):
+        effect = comparison.effect
+        colour = theme.colour(comparison.arm)
+        hollow = comparison.arm.endswith("-random")
+        offsets = np.linspace(-0.13, 0.13, effect.n) if effect.n > 1 else np.zeros(1)
+        ax.scatter(
+            effect.differences,
+            row + (0.16 if effect.n > 1 else 0.0) + offsets,
+            s=48,
+            facecolor=theme.page if hollow else colour,
+            edgecolor=colour,
+            linewidth=1.4,
+            alpha=0.9,
+            zorder=3,
+        )
+        if effect.n > 1:
+            ax.plot([effect.low, effect.high], [row - 0.2] * 2, color=colour, linewidth=2.6)
+            ax.plot(
+                [effect.mean], [row - 0.2], marker="D", markersize=9, color=colour,
+                markeredgecolor=theme.page, zorder=4,
+            )  # fmt: skip
+    ax.set_yticks(range(len(comparisons)), [f"{c.arm}\nvs {c.control}" for c in comparisons])
+    ax.set_ylim(max(1, len(comparisons)) - 0.45, -0.55)
+    ax.set_xlabel(f"difference in {metric} score (treated minus control)")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    reach = max(
+        [0.02, *(abs(d) for c in comparisons for d in c.effect.differences)]
+        + [abs(v) for c in comparisons for v in (c.effect.low, c.effect.high) if math.isfinite(v)]
+    )
+    ax.set_xlim(-1.12 * reach, 1.12 * reach)
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return figure

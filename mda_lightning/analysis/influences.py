@@ -1,0 +1,101 @@
+"""The scores of one seed's window, with the numbers the report states about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mda_lightning.analysis.distributions import (
+    Drive,
+    TailFit,
+    fit_tail,
+    net_drive,
+    normal_top_share,
+    top_share,
+)
+from mda_lightning.store import ScoreTable
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SeedInfluence:
+    """Scores of every sample of one seed's window on one unit.
+
+    Attributes:
+        unit: the head scored for ("L1H2").
+        sample_ids, scores, steps: aligned, finite scores only, [N].
+        n_excluded: rows left out because their score was not finite.
+        top: ids of the treated fraction, best first; ``bottom``: worst first, as many.
+        share: of the positive influence held by ``top``.
+        noise_share: the share that normal noise of the same mean and spread would show.
+        tail: power-law fit of the positive tail, where there are enough samples.
+    """
+
+    seed: int
+    unit: str
+    sample_ids: Ints
+    scores: Floats
+    steps: Ints
+    n_excluded: int
+    top: Ints
+    bottom: Ints
+    share: float
+    noise_share: float
+    drive: Drive
+    tail: TailFit | None
+    estimator: str
+    blocks: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    def of(self, sample_id: int) -> tuple[float, int]:
+        """(score, step) of one sample; of its first row when it was trained on more than once."""
+        row = int(np.flatnonzero(self.sample_ids == sample_id)[0])
+        return float(self.scores[row]), int(self.steps[row])
+
+
+def seed_influence(path: str | Path, *, seed: int, unit: str, fraction: float) -> SeedInfluence:
+    """Read a score table and summarise one unit's scores.
+
+    Args:
+        fraction: the treated fraction; the top set is the table's own ``top(unit, fraction=...)``,
+            the one that plans are made from.
+
+    Raises:
+        ValueError: the table is unreadable, lacks the unit, or has no finite score for it.
+    """
+    table = ScoreTable.open(path)
+    if unit not in table.units:
+        raise ValueError(f"the score table has no unit {unit}: it holds {', '.join(table.units)}")
+    frame = table.frame(unit)
+    values = frame["score"].to_numpy(dtype=np.float64)
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ValueError(f"the score table has no finite score for unit {unit}")
+    scores = values[finite]
+    spread = float(scores.std())
+    return SeedInfluence(
+        seed=seed,
+        unit=unit,
+        sample_ids=frame["sample_id"].to_numpy(dtype=np.int64)[finite],
+        scores=scores,
+        steps=frame["step"].to_numpy(dtype=np.int64)[finite],
+        n_excluded=int((~finite).sum()),
+        top=np.asarray(table.top(unit, fraction=fraction), dtype=np.int64),
+        bottom=np.asarray(table.bottom(unit, fraction=fraction), dtype=np.int64),
+        share=top_share(scores, fraction),
+        noise_share=normal_top_share(fraction, mean=float(scores.mean()), sd=spread)
+        if spread > 0
+        else float("nan"),
+        drive=net_drive(scores),
+        tail=fit_tail(scores),
+        estimator=str(table.estimator),
+        blocks=tuple(table.blocks),
+        provenance=dict(table.provenance),
+    )

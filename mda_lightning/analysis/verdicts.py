@@ -1,0 +1,181 @@
+"""What a study says in words: comparisons of arms, the summary, and what to doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mda_lightning.analysis.effects import LateDifference, late_difference, paired_effects
+from mda_lightning.analysis.figures.training import Comparison
+from mda_lightning.analysis.influences import SeedInfluence
+from mda_lightning.analysis.study import BASELINE, SeedRun, Study, control_of
+
+PHRASES = {
+    BASELINE: "leaving the data alone",
+    "mask-top": "masking the top-scored samples",
+    "mask-random": "masking as many random samples",
+    "insert-top": "inserting copies of the top-scored samples",
+    "insert-random": "inserting copies of as many random samples",
+}
+
+
+def phrase(arm: str) -> str:
+    """How a sentence calls an arm."""
+    return PHRASES.get(arm, f"arm {arm}")
+
+
+def comparisons(study: Study) -> tuple[list[Comparison], list[Comparison]]:
+    """(treated against control, control against baseline), over the seeds that have both."""
+    names = study.arm_names
+    treated = [(arm, control_of(arm, names)) for arm in names]
+    main = [_compare(study, arm, control) for arm, control in treated if control is not None]
+    controls = [
+        _compare(study, arm, BASELINE)
+        for arm in names
+        if arm.endswith("-random") and BASELINE in names
+    ]
+    return [c for c in main if c is not None], [c for c in controls if c is not None]
+
+
+def _compare(study: Study, arm: str, control: str) -> Comparison | None:
+    pairs = [
+        (seed, seed.arms[arm].value, seed.arms[control].value)
+        for seed in study.seeds
+        if arm in seed.arms and control in seed.arms
+    ]
+    complete = [(seed, a, b) for seed, a, b in pairs if a is not None and b is not None]
+    if not complete:
+        return None
+    late = _late(complete[0][0], arm, control) if len(complete) == 1 else None
+    effect = paired_effects(
+        [a for _, a, _ in complete],
+        [b for _, _, b in complete],
+        treated_name=phrase(arm),
+        control_name=phrase(control),
+        quantity=f"{study.metric} score of the target head",
+        late=late,
+    )
+    return Comparison(arm, control, effect)
+
+
+def _late(seed: SeedRun, arm: str, control: str) -> LateDifference | None:
+    first, second = seed.arms[arm].curves, seed.arms[control].curves
+    since = seed.window.midpoint if seed.window.midpoint is not None else seed.window.start
+    if first is None or second is None or seed.target is None or since is None:
+        return None
+    return late_difference(first.of(seed.target), second.of(seed.target), since=int(since))
+
+
+def span_of(values: Sequence[float], *, digits: int = 0) -> str:
+    """``1,930`` or ``1,930 to 2,010``: one number, or the range of several."""
+    low, high = min(values), max(values)
+    text = f"{low:,.{digits}f}"
+    return text if low == high else f"{text} to {high:,.{digits}f}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def summary(study: Study, influences: Sequence[SeedInfluence]) -> str:
+    """One paragraph: what was done, with the numbers that exist."""
+    found = [seed for seed in study.seeds if seed.window.start is not None]
+    bases = [seed.base for seed in study.seeds if seed.base is not None]
+    if not study.seeds:
+        return "No run is recorded."
+    several = len(study.seeds) > 1
+    times = f"{len(study.seeds)} times, with as many seeds" if several else "once"
+    text = f"A model was pretrained {times}"
+    if bases:
+        text += (
+            f", measuring the {study.metric} score of all {len(bases[0].units)} heads at "
+            f"{plural(len(bases[0].steps), 'step')} of each run"
+        )
+    text += ". "
+    if not found:
+        return text + "No critical window was found, so no sample was scored and no data changed."
+    heads = ", ".join(dict.fromkeys(seed.target or "unknown" for seed in found))
+    starts = [float(seed.window.start) for seed in found if seed.window.start is not None]
+    ends = [float(seed.window.end) for seed in found if seed.window.end is not None]
+    text += f"In {len(found)} of {len(study.seeds)} seeds a" if several else "A"
+    text += " head left the chance floor"
+    text += f" ({study.chance:.3f})" if study.chance is not None else ""
+    text += f": {heads}, from step {span_of(starts)}"
+    text += f" until step {span_of(ends)}. " if ends else ", with no end before the run stopped. "
+    if influences:
+        sizes = [float(len(one.scores)) for one in influences]
+        tops = [float(len(one.top)) for one in influences]
+        text += (
+            f"The {span_of(sizes)} samples trained on inside that window were scored for it. "
+            f"The top {study.treated_fraction:.0%} ({span_of(tops)} samples) hold "
+            f"{span_of([100 * one.share for one in influences])}% of the positive influence. "
+        )
+    ran = [name for name in study.arm_names if name != BASELINE]
+    if ran:
+        text += (
+            "Training was then repeated from the window's start, same data order, with the data "
+            f"changed ({', '.join(ran)}). "
+        )
+    values = [seed.arms[BASELINE].value for seed in found if BASELINE in seed.arms]
+    untouched = [value for value in values if value is not None]
+    if untouched:
+        text += f"Untouched, the target head reached {span_of(untouched, digits=3)}."
+    return text.strip()
+
+
+def doubts(study: Study, influences: Sequence[SeedInfluence]) -> list[str]:
+    """What a careful reader should hold against this study, in its own numbers."""
+    found: list[str] = []
+    main, _ = comparisons(study)
+    fewest = min((c.effect.n for c in main), default=0)
+    if main and fewest == 1:
+        found.append(
+            "One seed: the differences have no interval. Another seed may turn them around; run "
+            "several before believing any of them."
+        )
+    elif main and fewest < 5:
+        found.append(
+            f"Only {fewest} seeds: the t interval assumes normally distributed differences, which "
+            "so few seeds cannot show."
+        )
+    if len(main) > 1:
+        found.append(
+            f"{len(main)} comparisons, each with its own 95% interval and no correction for there "
+            "being several."
+        )
+    lost = [seed for seed in study.seeds if seed.window.start is None]
+    if lost and len(lost) < len(study.seeds):
+        found.append(
+            f"{plural(len(lost), 'seed')} found no window and count in no comparison: the results "
+            "describe the runs in which a head formed."
+        )
+    if any(seed.window.censored for seed in study.seeds):
+        found.append("A window marked as censored was still open when its run stopped.")
+    shares = [
+        (o.share, o.noise_share) for o in influences if np.isfinite([o.share, o.noise_share]).all()
+    ]
+    if shares:
+        found.append(
+            f"Concentration needs a yardstick: normal noise with the same mean and spread would "
+            f"put {span_of([100 * noise for _, noise in shares])}% of the positive influence in "
+            f"the top {study.treated_fraction:.0%}; these scores put "
+            f"{span_of([100 * share for share, _ in shares])}% there."
+        )
+    tails = [one.tail for one in influences if one.tail is not None]
+    if any(tail.plausible is False for tail in tails):
+        rejected = sum(tail.plausible is False for tail in tails)
+        found.append(
+            f"The power law is rejected by its own goodness-of-fit in {rejected} of "
+            f"{plural(len(tails), 'fit')} (p at or below 0.1): its exponent is a slope, not a law."
+        )
+    found.append(
+        f"The {study.metric} score is an attention pattern on random sequences. That the head does "
+        "its work needs an independent measure (ablation, in-context learning)."
+    )
+    found.append(
+        "Scores are first-order and use a damped approximation of curvature in the head's own "
+        "weights. Effects through other heads and through later training are not in them; the "
+        "retrained arms include both."
+    )
+    return found
