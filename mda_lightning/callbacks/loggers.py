@@ -1,0 +1,126 @@
+"""One small dispatcher over Lightning's loggers, which have no common API for images and tables.
+
+Scalars go to every logger with the step they belong to, and into ``trainer.callback_metrics``, so
+that ``ModelCheckpoint`` and ``EarlyStopping`` can monitor them. Steps count completed optimizer
+steps: a value with step k was measured on weights after k updates.
+
+W&B is recognised by what its logger can do and is never imported unless its logger is there. Its
+rows carry ``trainer/global_step``; ``step=`` of ``wandb.log`` is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from numpy.typing import NDArray
+
+Summary = Literal["min", "max", "mean", "last"]
+
+
+def log_scalars(
+    trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float], *, step: int
+) -> None:
+    """Log ``values`` at ``step`` on every logger and make them monitorable.
+
+    Called from ``on_train_start`` or ``on_train_batch_end`` only: elsewhere ``module.log`` is
+    illegal.
+    """
+    for name, value in values.items():
+        # logger=False: Lightning's own rows come late and repeat stale values.
+        module.log(name, value, logger=False, on_step=True, on_epoch=False, batch_size=1)
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
+
+
+def define_summaries(trainer: pl.Trainer, summaries: Mapping[str, Summary]) -> None:
+    """Tell W&B which statistic of a key the run's summary shows, over ``trainer/global_step``."""
+    for run in _wandb_runs(trainer):
+        for key, summary in summaries.items():
+            run.define_metric(key, step_metric="trainer/global_step", summary=summary)
+
+
+def log_image(trainer: pl.Trainer, key: str, image: NDArray[np.uint8], *, step: int) -> None:
+    """Show ``image`` [height, width, 3] on the loggers that can (W&B, TensorBoard)."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [image], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(key, image, global_step=step, dataformats="HWC")
+
+
+def alert(trainer: pl.Trainer, title: str, text: str) -> None:
+    """Raise an alert on W&B; other loggers have none."""
+    for run in _wandb_runs(trainer):
+        run.alert(title=title, text=text)
+
+
+def log_file(trainer: pl.Trainer, path: Path, *, name: str, kind: str) -> None:
+    """Keep ``path`` with the run as an artifact on W&B; elsewhere the file itself is the record."""
+    runs = _wandb_runs(trainer)
+    if not runs or not path.exists():
+        return
+    import wandb
+
+    for run in runs:
+        artifact = wandb.Artifact(name, type=kind)
+        artifact.add_file(str(path))
+        run.log_artifact(artifact)
+
+
+class LiveTable:
+    """A long table on W&B that grows while training: only the new rows are sent each time."""
+
+    def __init__(self, key: str, columns: Sequence[str]) -> None:
+        self._key = key
+        self._columns: list[Any] = list(columns)
+        self._tables: dict[str, Any] = {}
+
+    def send(self, trainer: pl.Trainer, rows: Sequence[Sequence[Any]], *, step: int) -> None:
+        """Append ``rows`` and log them."""
+        runs = _wandb_runs(trainer)
+        if not runs or not rows:
+            return
+        import wandb
+
+        for run in runs:
+            table = self._tables.get(run.id)
+            if table is None:
+                # A table logged twice in W&B's default mode shows its first state only.
+                table = wandb.Table(columns=self._columns, log_mode="INCREMENTAL")
+                self._tables[run.id] = table
+            for row in rows:
+                table.add_data(*row)
+            run.log({self._key: table, "trainer/global_step": step})
+
+
+def run_folder(trainer: pl.Trainer, folder: str | None) -> Path:
+    """Where a callback writes: ``folder``, or ``mda/`` in the first logger's folder; on all ranks.
+
+    Without a logger it is ``mda/`` under ``trainer.default_root_dir``.
+    """
+    chosen = Path(folder) if folder is not None else _logger_folder(trainer) / "mda"
+    return Path(trainer.strategy.broadcast(str(chosen)))
+
+
+def _logger_folder(trainer: pl.Trainer) -> Path:
+    logger: Logger | None = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or logger.save_dir is None:
+        return Path(trainer.default_root_dir)
+    if (log_dir := getattr(logger, "log_dir", None)) is not None:
+        return Path(log_dir)
+    version = logger.version
+    parts = [logger.name, f"version_{version}" if isinstance(version, int) else version]
+    return Path(logger.save_dir, *(str(part) for part in parts if part))
+
+
+def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
