@@ -188,7 +188,7 @@ class CriticalWindow(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._catch_up()
-        self._follow(trainer, pl_module)
+        self._follow(trainer, pl_module, in_batch=False)
 
     def on_train_batch_end(
         self,
@@ -198,7 +198,7 @@ class CriticalWindow(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._follow(trainer, pl_module)
+        self._follow(trainer, pl_module, in_batch=True)
         if self._stop_when_closed and self.follower is not None:
             closed_at = self.follower.closed_at
             if closed_at is not None and trainer.global_step >= closed_at + self._margin_steps:
@@ -241,7 +241,7 @@ class CriticalWindow(pl.Callback):
             if step > self.follower.last_step:
                 self.follower.update(int(step), value)
 
-    def _follow(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _follow(self, trainer: pl.Trainer, module: pl.LightningModule, *, in_batch: bool) -> None:
         assert self._monitor is not None and self.follower is not None
         new = self._monitor.latest(self.mechanism)
         if new is None or new.step <= self.follower.last_step:
@@ -250,7 +250,7 @@ class CriticalWindow(pl.Callback):
         events = self.follower.update(new.step, new.value)
         if not was_closed and not is_rehearsal(trainer):
             self._keep_checkpoints(trainer, new.step, events)
-        self._log(trainer, module, new)
+        log_scalars(trainer, module, self._scalars(), step=new.step, monitorable=in_batch)
         turns = [event for event in events if event.kind in ("opened", "closed", "lapsed")]
         for event in turns:
             self._announce(trainer, event, new)
@@ -284,7 +284,7 @@ class CriticalWindow(pl.Callback):
     def _has(self, edge: str, step: int) -> bool:
         return bool(self.folder and (self.folder / "window" / f"{edge}-step{step}.ckpt").exists())
 
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, new: Measurement) -> None:
+    def _scalars(self) -> dict[str, float]:
         assert self.follower is not None
         detector, watched = self.follower.detector, self.follower.watched
         states = detector.states
@@ -295,7 +295,7 @@ class CriticalWindow(pl.Callback):
         ema = detector.ema[watched]
         if np.isfinite(ema).any():
             values[f"{self.mechanism}/ema_max"] = float(np.nanmax(ema))
-        log_scalars(trainer, module, values, step=new.step)
+        return values
 
     def _announce(self, trainer: pl.Trainer, event: WindowEvent, new: Measurement) -> None:
         assert self.follower is not None

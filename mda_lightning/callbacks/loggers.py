@@ -23,14 +23,19 @@ Summary = Literal["min", "max", "mean", "last"]
 
 
 def log_scalars(
-    trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float], *, step: int
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    values: Mapping[str, float],
+    *,
+    step: int,
+    monitorable: bool,
 ) -> None:
-    """Log ``values`` at ``step`` on every logger and make them monitorable.
+    """Log ``values`` at ``step`` on every logger.
 
-    Called from ``on_train_start`` or ``on_train_batch_end`` only: elsewhere ``module.log`` is
-    illegal.
+    ``monitorable`` puts them into ``trainer.callback_metrics`` too; Lightning allows that within a
+    training batch's hooks only.
     """
-    for name, value in values.items():
+    for name, value in values.items() if monitorable else ():
         # logger=False: Lightning's own rows come late and repeat stale values.
         module.log(name, value, logger=False, on_step=True, on_epoch=False, batch_size=1)
     for logger in trainer.loggers:

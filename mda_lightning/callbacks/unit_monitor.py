@@ -162,7 +162,7 @@ class UnitMonitor(pl.Callback):
         self._seen_step = trainer.global_step
         last = max((self.table.last_step(m) or 0 for m in self.table.metrics), default=-1)
         if last < trainer.global_step and trainer.global_step % self.every_n_steps == 0:
-            self._measure(trainer, pl_module, trainer.global_step)
+            self._measure(trainer, pl_module, trainer.global_step, in_batch=False)
 
     def on_train_batch_end(
         self,
@@ -177,7 +177,7 @@ class UnitMonitor(pl.Callback):
             return  # a micro-batch of an accumulated step
         self._seen_step = step
         if step % self.every_n_steps == 0:
-            self._measure(trainer, pl_module, step)
+            self._measure(trainer, pl_module, step, in_batch=True)
         if step % self._write_every == 0:
             self._write(trainer, step, images=True)
 
@@ -201,7 +201,9 @@ class UnitMonitor(pl.Callback):
         self._sent = {m: len(self.table.curves(m)[0]) for m in self.table.metrics}
         self._highest = {m: self.table.curves(m)[1].max(0) for m in self.table.metrics}
 
-    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+    def _measure(
+        self, trainer: pl.Trainer, module: pl.LightningModule, step: int, *, in_batch: bool
+    ) -> None:
         assert self._model is not None
         measured: list[Measurement] = []
         with probe_scope(self._model):
@@ -217,7 +219,7 @@ class UnitMonitor(pl.Callback):
             self._report_missing(one)
             self.table.append(step, one.metric, one.value, one.se)
             scalars |= self._scalars(one)
-        log_scalars(trainer, module, scalars, step=step)
+        log_scalars(trainer, module, scalars, step=step, monitorable=in_batch)
         for one in measured:
             for follow in list(self._subscribers):
                 follow(one)
