@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +14,11 @@ from mda_lightning.shuffling import key_of, keyed_order
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
+
+# GPT-2's pattern (Radford et al. 2019), which ByteLevel cuts words by, on ASCII text.
+_WORDS = re.compile(
+    r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
+)
 
 
 def train_bpe(
@@ -72,8 +79,24 @@ def encode(
     yield from _encoded(tokenizer, pending)
 
 
+def encode_ascii(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
+    """As :func:`encode`, several times faster, for ASCII text and a tokenizer of :func:`train_bpe`.
+
+    Byte-level BPE never merges across words, so each distinct word is encoded once.
+    """
+    known: dict[str, list[int]] = {}
+    for text in texts:
+        words = _WORDS.findall(text)
+        new = [word for word in dict.fromkeys(words) if word not in known]
+        encoded = tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        known.update(zip(new, (encoding.ids for encoding in encoded), strict=True))
+        ids = itertools.chain.from_iterable(known[word] for word in words)
+        yield np.fromiter(ids, dtype=np.uint32)
+
+
 def _encoded(tokenizer: Tokenizer, texts: list[str]) -> Iterator[NDArray[np.uint32]]:
-    for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+    # The fast call leaves out offsets, which nobody asks for.
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
         yield np.asarray(encoding.ids, dtype=np.uint32)
 
 

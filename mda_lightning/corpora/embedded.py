@@ -19,7 +19,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mda_lightning.corpora.bpe import END_OF_TEXT_ID, encode, train_bpe
+from mda_lightning.corpora.bpe import END_OF_TEXT_ID, encode, encode_ascii, train_bpe
 from mda_lightning.corpora.packing import pack
 from mda_lightning.corpora.records import GENERATOR_VERSION, RecordGenerator, RecordStyle
 from mda_lightning.corpora.token_rows import TokenRows
@@ -151,7 +151,7 @@ def _build(
     library: list[NDArray[np.uint32]] = []
     n_tokens = 0
     chosen = keyed_order(key_of("library files", seed), len(texts))
-    for ids in encode(tokenizer, (texts[number] for number in chosen), batch=16):
+    for ids in encode_ascii(tokenizer, (texts[number] for number in chosen)):
         if n_tokens >= wanted * row_length:
             break
         library.append(ids)
