@@ -135,7 +135,7 @@ class CheckpointRing:
         try:
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(part)
+            trainer.save_checkpoint(part, weights_only=False)
             if trainer.is_global_zero:
                 os.replace(part, path)
         except OSError as error:

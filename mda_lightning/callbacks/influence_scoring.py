@@ -1,0 +1,412 @@
+"""Which samples made this head: scores of a run's own training data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from mda_lightning.architectures import describe, find_language_model
+from mda_lightning.callbacks.attachment import (
+    UnsupportedTrainerError,
+    build_mechanism,
+    check_strategy,
+    is_rehearsal,
+    state_key,
+)
+from mda_lightning.callbacks.batch_fields import BatchFields, HeldBatch
+from mda_lightning.callbacks.critical_window import CriticalWindow
+from mda_lightning.callbacks.in_run import InRunScorer
+from mda_lightning.callbacks.inverse_probe import CurvatureSettings
+from mda_lightning.callbacks.loggers import log_scalars, run_folder
+from mda_lightning.callbacks.probe_scope import probe_scope
+from mda_lightning.callbacks.recent_sequences import RecentSequences
+from mda_lightning.callbacks.score_output import write_scores
+from mda_lightning.callbacks.score_rows import RowBlock, ScoreRows, inside
+from mda_lightning.callbacks.scoring_needs import (
+    Estimator,
+    check_not_compiled,
+    check_setup,
+    monitor_before,
+    window_before,
+)
+from mda_lightning.callbacks.window_follower import Edge
+from mda_lightning.callbacks.window_replay import WindowData, replay_window
+from mda_lightning.curvature import Fisher
+from mda_lightning.mechanisms import Mechanism
+from mda_lightning.units import Head, parse_unit
+
+SCORES_NAME = "scores.parquet"
+
+
+class InfluenceScoring(pl.Callback):
+    """Score the samples of a run for a mechanism's heads; positive promotes the head.
+
+    ``in_run``: every training step scores its own samples from its own forward and backward, at the
+    weights they were trained on. Needs a sample id and the tokens in the batch. ``replay``: once
+    the window has closed (or the fit has ended inside it), all samples of the window are scored at
+    the checkpoints that :class:`CriticalWindow` kept. Needs a
+    :class:`~mda_lightning.datamodules.TokenDataModule`. The two never share a table.
+
+    A sample's row carries the step of its update: 0-based, the ``global_step`` before it.
+
+    ==============================  ==============================================================
+    logged, per mechanism           meaning
+    ==============================  ==============================================================
+    ``<mechanism>/scored``          samples scored so far on this rank, at every refresh (in_run)
+    artifact (W&B)                  the score table, at the end
+    ==============================  ==============================================================
+
+    In the run's folder: ``scores.parquet``, a :class:`~mda_lightning.store.ScoreTable`; until the
+    end, in-run rows are in ``scores.parts/``.
+
+    Args:
+        mechanism: a name, or a Mechanism with its settings. A name takes the monitor's, if it
+            measures that one.
+        estimator: see above.
+        active: when in-run scoring is on: inside the window that CriticalWindow announces, from its
+            first warning on; always; or in steps [first, last).
+        units: heads such as ``["L1H2"]``, or "all".
+        refresh_every: steps between refreshes of curvature and probe gradient (in_run).
+        n_curvature: sequences that the curvature is estimated on.
+        curvature: "ekfac", or "identity" for the plain dot product with ∇f.
+        fisher, damping, seed: of the curvature.
+        n_checkpoints: replay at the window's start (1), or the mean over start, midpoint, end (3).
+        replay_batch_size: sequences at once in replay.
+        sample_id_key, tokens_key, weight_key: names in the batch; tokens_key None takes ``tokens``
+            or ``input_ids``.
+        loss_reduction: how the training loss is made of token losses: their mean over the batch
+            ("mean"), or their sum ("sum").
+        model: dotted name of the language model inside the LightningModule; None finds the one.
+        token_ids: as for UnitMonitor.
+        folder: where to write; None is the monitor's folder, or ``mda/`` in the logger's.
+
+    Raises:
+        ValueError, UnsupportedTrainerError: at ``setup``, for what cannot work.
+        MissingFieldError: at the first batch, where it lacks the sample id or the tokens.
+    """
+
+    def __init__(
+        self,
+        mechanism: str | Mechanism = "induction",
+        *,
+        estimator: Estimator = "in_run",
+        active: Literal["window", "always"] | tuple[int, int] = "window",
+        units: Sequence[str] | Literal["all"] = "all",
+        refresh_every: int = 100,
+        n_curvature: int = 128,
+        curvature: Literal["ekfac", "identity"] = "ekfac",
+        fisher: Fisher = "sampled",
+        damping: float = 0.1,
+        seed: int = 0,
+        n_checkpoints: Literal[1, 3] = 3,
+        replay_batch_size: int = 32,
+        sample_id_key: str = "sample_id",
+        tokens_key: str | None = None,
+        weight_key: str = "weight",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        model: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        folder: str | None = None,
+    ) -> None:
+        super().__init__()
+        if min(refresh_every, n_curvature, replay_batch_size) < 1:
+            raise ValueError("refresh_every, n_curvature and replay_batch_size are at least 1")
+        if not isinstance(active, str) and not 0 <= active[0] < active[1]:
+            raise ValueError(f"active={tuple(active)}: steps [first, last) with 0 <= first < last")
+        self.estimator = estimator
+        self.folder: Path | None = None
+        self._given = mechanism
+        self._mechanism = build_mechanism(mechanism, token_ids)
+        self._token_ids = token_ids
+        self._active: Literal["window", "always"] | tuple[int, int] = (
+            active if isinstance(active, str) else (int(active[0]), int(active[1]))
+        )
+        self._unit_names: tuple[str, ...] | None = (
+            None if isinstance(units, str) else tuple(str(parse_unit(unit)) for unit in units)
+        )
+        self._refresh_every = refresh_every
+        self._settings = CurvatureSettings(curvature, fisher, damping, seed)
+        self._n_curvature = n_curvature
+        self._n_checkpoints = n_checkpoints
+        self._replay_batch_size = replay_batch_size
+        self._fields = BatchFields(sample_id_key, tokens_key, weight_key)
+        self._loss_reduction = loss_reduction
+        self._model_name = model
+        self._wanted_folder = folder
+        self._model: PreTrainedModel | None = None
+        self._units: list[Head] = []
+        self._window: CriticalWindow | None = None
+        self._scorer: InRunScorer | None = None
+        self._rows: ScoreRows | None = None
+        self._recent = RecentSequences(n_curvature)
+        self._refreshes: list[dict[str, Any]] = []
+        self._curvature: dict[str, Any] = {}
+        self._checked_batch = False
+        self._batch: HeldBatch | None = None  # the one that is being listened to
+        self._done = False
+
+    # -- Lightning ----------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        arguments = {
+            "mechanism": self._mechanism.settings() | {"name": self._mechanism.name},
+            "estimator": self.estimator,
+            "active": self._active,
+            "units": self._unit_names,
+        }
+        return state_key("InfluenceScoring", arguments)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows are in shards on disk; this is what it takes to go on with them."""
+        return {
+            "schema_version": 1,
+            "recent": self._recent.state(),
+            "refreshes": [dict(one) for one in self._refreshes],
+            "done": self._done,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._recent.restore(state_dict["recent"])
+        self._refreshes = [dict(one) for one in state_dict["refreshes"]]
+        self._done = bool(state_dict["done"])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_strategy(trainer, "InfluenceScoring")
+        self._model = find_language_model(pl_module, self._model_name)
+        layout = describe(self._model)
+        names = self._unit_names
+        self._units = layout.heads if names is None else [parse_unit(n) for n in names]
+        for unit in self._units:
+            layout.check(unit)
+        monitor = monitor_before(trainer, self)
+        self._window = window_before(trainer, self, self._mechanism.name)
+        if isinstance(self._given, str) and monitor is not None and self._token_ids is None:
+            self._mechanism = monitor.mechanism(self._given) or self._mechanism
+        if self._wanted_folder is None and monitor is not None and monitor.folder is not None:
+            self.folder = monitor.folder
+        else:
+            self.folder = run_folder(trainer, self._wanted_folder)
+        self._rows = ScoreRows(self.folder / "scores.parts", rank=trainer.global_rank)
+        check_setup(
+            trainer,
+            pl_module,
+            mechanism=self._mechanism,
+            estimator=self.estimator,
+            by_window=self._active == "window",
+            window=self._window,
+        )
+        if trainer.global_step == 0:
+            # A checkpoint's state, if there is one, is loaded after this.
+            self._recent = RecentSequences(self._n_curvature)
+            self._refreshes, self._done = [], False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._model is not None and self._rows is not None
+        if self.estimator == "in_run":
+            check_not_compiled(pl_module)
+            if not is_rehearsal(trainer):
+                self._rows.discard_from(trainer.global_step)
+        self._scorer = InRunScorer(self._model, self._mechanism, self._units)
+        self._checked_batch = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.estimator == "replay":
+            if not self._done and self._window is not None and self._window.phase == "closed":
+                self._replay(trainer, pl_module)
+            return
+        assert self._scorer is not None
+        step = trainer.global_step
+        self._recent.add(self._fields.read_tokens(batch), self._fields.read_weights(batch))
+        if not self._checked_batch:
+            self._fields.read_ids(batch)  # a missing id is an error now, not when a window opens
+            self._checked_batch = True
+        if not self._is_active(step):
+            return
+        if trainer.strategy.reduce_boolean_decision(self._is_due(step), all=False):
+            self._refresh(trainer, pl_module, step)
+        self._batch = self._fields.read(batch)
+        self._scorer.start()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rows are complete here, before any callback may save a checkpoint of this step."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        assert self._scorer is not None and self._rows is not None
+        scored = self._scorer.collect(
+            batch.tokens, batch.weights, factor=self._to_summed_loss(trainer, batch.tokens)
+        )
+        if scored is None:
+            raise UnsupportedTrainerError(
+                f"step {trainer.global_step} left no gradient at the heads of "
+                f"{type(self._model).__name__}: the training step did not run it, or they are "
+                "frozen; use estimator='replay', or score another model with model='...'"
+            )
+        values, loss = scored
+        steps = np.full(len(batch.ids), trainer.global_step, np.int64)
+        self._rows.add(RowBlock(batch.ids.numpy(), steps, values.numpy(), loss.numpy()))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._rows is not None and not is_rehearsal(trainer):
+            self._rows.flush()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._let_go()
+        if is_rehearsal(trainer):
+            return
+        if self.estimator == "replay":
+            if not self._done:
+                self._replay(trainer, pl_module)
+        else:
+            self._write_in_run(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._let_go()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._let_go()
+        self._model = self._window = None
+
+    # -- in run -------------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        self._batch = None
+        if self._scorer is not None:
+            self._scorer.remove()
+
+    def _is_active(self, step: int) -> bool:
+        """Whether this step's samples are scored; hooks go when none will be any more."""
+        assert self._scorer is not None
+        if isinstance(self._active, tuple):
+            active, over = self._active[0] <= step < self._active[1], step >= self._active[1]
+        else:
+            phase = "open" if self._window is None else self._window.phase
+            active = self._active == "always" or phase in ("warned", "open")
+            over = not active and phase == "closed"
+        if over:
+            self._scorer.remove()
+        return active
+
+    def _is_due(self, step: int) -> bool:
+        assert self._scorer is not None
+        if not self._scorer.ready or not self._refreshes:
+            return True
+        last = self._refreshes[-1]
+        if last["n_sequences"] < self._n_curvature and self._recent.full:
+            return bool(step > last["step"])
+        return bool(step - last["step"] >= self._refresh_every)
+
+    def _refresh(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        assert self._scorer is not None and self._model is not None and self._rows is not None
+        batches = self._recent.batches()
+        if trainer.world_size > 1:
+            batches = trainer.strategy.broadcast(batches)  # one curvature for all ranks
+        with probe_scope(self._model):
+            self._curvature = self._scorer.refresh(batches, self._settings)
+        self._refreshes.append({"step": step, "n_sequences": sum(map(len, batches))})
+        scored = {f"{self._mechanism.name}/scored": float(self._rows.n_held)}
+        log_scalars(trainer, module, scored, step=step, monitorable=True)
+
+    def _to_summed_loss(self, trainer: pl.Trainer, tokens: torch.Tensor) -> float:
+        """What the loss that was differentiated must be multiplied by to be a sum over tokens."""
+        factor = float(trainer.accumulate_grad_batches)
+        if self._loss_reduction == "mean":
+            factor *= len(tokens) * (tokens.shape[1] - 1)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return factor if scaler is None else factor / float(scaler.get_scale())
+
+    def _write_in_run(self, trainer: pl.Trainer) -> None:
+        assert self._rows is not None
+        self._rows.flush()
+        trainer.strategy.barrier("InfluenceScoring")
+        if not trainer.is_global_zero:
+            return
+        rows = self._rows.all()
+        found = None if self._window is None else self._window.window
+        n_outside = 0
+        if rows is not None and self._active == "window":
+            if found is None:
+                rows = None  # warnings that came to nothing
+            else:
+                rows, n_outside = inside(rows, found[1].start, found[1].end)
+        if rows is None or not len(rows.sample_id):
+            if self._active == "window":
+                _warn_of_nothing("no window opened", "window.json says how far the heads came")
+            else:
+                _warn_of_nothing(
+                    f"active={self._active}", f"the run ended at {trainer.global_step}"
+                )
+            return
+        facts = {
+            **self._curvature,
+            "refreshes": self._refreshes,
+            "refresh_every": self._refresh_every,
+            "active": self._active if isinstance(self._active, str) else list(self._active),
+            "n_masked_or_not_finite": int(np.isnan(rows.values).any(axis=(1, 2)).sum()),
+            "n_outside_window": n_outside,
+        }
+        self._write(trainer, rows, facts)
+        if self._active != "window" or (self._window and self._window.phase == "closed"):
+            self._rows.clear()  # else a run that is carried on needs them
+
+    # -- replay -------------------------------------------------------------------------------
+
+    def _replay(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._model is not None and self._window is not None
+        self._done = True
+        found, kept = self._window.window, self._window.checkpoints
+        edges: list[Edge] = ["start"] if self._n_checkpoints == 1 else ["start", "mid", "end"]
+        usable = [edge for edge in edges if edge in kept]
+        if found is None or found[1].end_reason == "lapsed" or not usable:
+            _warn_of_nothing("the run has no window with checkpoints", "window.json says why")
+            return
+        window = found[1]
+        end = trainer.global_step if window.end is None else window.end
+        source: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with probe_scope(self._model):
+            rows, facts = replay_window(
+                self._model,
+                pl_module,
+                {edge: kept[edge] for edge in usable},
+                WindowData.read(source.rows, source.schedule, start=window.start, end=end),
+                mechanism=self._mechanism,
+                units=self._units,
+                n_curvature=self._n_curvature,
+                batch_size=self._replay_batch_size,
+                settings=self._settings,
+            )
+        if trainer.is_global_zero:
+            self._write(trainer, rows, facts)
+
+    def _write(self, trainer: pl.Trainer, rows: RowBlock, facts: dict[str, Any]) -> None:
+        assert self.folder is not None
+        write_scores(
+            self.folder / SCORES_NAME,
+            rows,
+            trainer=trainer,
+            mechanism=self._mechanism,
+            units=self._units,
+            estimator=self.estimator,
+            window=self._window,
+            facts=facts,
+        )
+
+
+def _warn_of_nothing(why: str, more: str) -> None:
+    warnings.warn(f"InfluenceScoring scored no sample: {why}; {more}", stacklevel=3)

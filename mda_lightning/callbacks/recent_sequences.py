@@ -1,0 +1,58 @@
+"""The training sequences of the last few steps, from which curvature is estimated."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+Held = tuple[Tensor, Tensor | None]
+
+
+class RecentSequences:
+    """The last ``size`` training sequences that counted, from which the curvature is estimated."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._batches: deque[Held] = deque()
+        self.n_held = 0
+
+    def add(self, tokens: Tensor, weights: Tensor | None) -> None:
+        """Take up a batch [B, T+1]. A sequence of another length than before starts over."""
+        if self._batches and self._batches[-1][0].shape[1] != tokens.shape[1]:
+            self._batches.clear()
+            self.n_held = 0
+        # Kept where it is, unread: this runs every step, also when nothing is scored.
+        self._batches.append((tokens.clone(), None if weights is None else weights.clone()))
+        self.n_held += len(tokens)
+        while self.n_held - len(self._batches[0][0]) >= self.size:
+            self.n_held -= len(self._batches.popleft()[0])
+
+    @property
+    def full(self) -> bool:
+        return self.n_held >= self.size
+
+    def batches(self) -> list[Tensor]:
+        """The newest ``size`` sequences, less those of weight 0: nothing is trained on them."""
+        held, surplus = list(self._batches), max(self.n_held - self.size, 0)
+        kept = [
+            (tokens if weights is None else tokens[weights > 0])
+            for tokens, weights in [_without_first(held[0], surplus), *held[1:]]
+        ]
+        return [tokens for tokens in kept if len(tokens)]
+
+    def state(self) -> Tensor | None:
+        """All of it as one tensor on the CPU."""
+        return torch.cat(self.batches()).cpu().to(torch.int32) if self._batches else None
+
+    def restore(self, tokens: Tensor | None) -> None:
+        self._batches.clear()
+        self.n_held = 0
+        if tokens is not None:
+            self.add(tokens.to(torch.int64), None)
+
+
+def _without_first(held: Held, count: int) -> Held:
+    tokens, weights = held
+    return tokens[count:], None if weights is None else weights[count:]

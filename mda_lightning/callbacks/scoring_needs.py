@@ -1,0 +1,87 @@
+"""What InfluenceScoring needs of a Trainer, and how it says so before the first step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from mda_lightning.callbacks.attachment import UnsupportedTrainerError, callbacks_before
+from mda_lightning.callbacks.critical_window import CriticalWindow
+from mda_lightning.callbacks.unit_monitor import UnitMonitor
+from mda_lightning.mechanisms import Mechanism
+
+Estimator = Literal["in_run", "replay"]
+
+
+def monitor_before(trainer: pl.Trainer, me: pl.Callback) -> UnitMonitor | None:
+    """The first UnitMonitor that acts before ``me``."""
+    return next(iter(callbacks_before(trainer, me, UnitMonitor)[0]), None)
+
+
+def window_before(trainer: pl.Trainer, me: pl.Callback, mechanism: str) -> CriticalWindow | None:
+    """The CriticalWindow of a mechanism that acts before ``me``.
+
+    Raises:
+        ValueError: it stands after ``me``.
+    """
+    before, after = callbacks_before(trainer, me, CriticalWindow)
+    for window in before:
+        if window.mechanism == mechanism:
+            return window
+    if any(window.mechanism == mechanism for window in after):
+        raise ValueError(
+            f"InfluenceScoring({mechanism!r}) stands before the CriticalWindow it follows; put it "
+            "after that one in callbacks=[...]"
+        )
+    return None
+
+
+def check_setup(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    *,
+    mechanism: Mechanism,
+    estimator: Estimator,
+    by_window: bool,
+    window: CriticalWindow | None,
+) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: no CriticalWindow where one is needed, or replay without TokenDataModule.
+        UnsupportedTrainerError: in-run scoring under manual optimization.
+    """
+    name = mechanism.name
+    if window is None and (estimator == "replay" or by_window):
+        raise ValueError(
+            f"InfluenceScoring({name!r}) has no window to score: put CriticalWindow({name!r}) "
+            "before it in callbacks=[...]"
+            + ("" if estimator == "replay" else ", or give active='always'")
+        )
+    data: Any = getattr(trainer, "datamodule", None)
+    if estimator == "replay" and not (hasattr(data, "rows") and hasattr(data, "schedule")):
+        raise ValueError(
+            "replay goes through the window's samples a second time, and only a TokenDataModule "
+            f"says which they were (this run's data module: {type(data).__name__}); "
+            "use estimator='in_run', which scores them as they are trained on"
+        )
+    if estimator == "in_run" and not module.automatic_optimization:
+        raise UnsupportedTrainerError(
+            "in-run scoring must know how the loss was scaled, which manual optimization does not "
+            "tell; use automatic optimization or estimator='replay'"
+        )
+
+
+def check_not_compiled(module: pl.LightningModule) -> None:
+    """Refuse to listen to a compiled model.
+
+    Raises:
+        UnsupportedTrainerError: a module was compiled in place, or wrapped.
+    """
+    for part in module.modules():
+        if part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule":
+            raise UnsupportedTrainerError(
+                f"{type(part).__name__} is compiled, and compiled code ignores the hooks by which "
+                "in-run scoring listens; train without torch.compile, or use estimator='replay'"
+            )
