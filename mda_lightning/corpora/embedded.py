@@ -28,7 +28,10 @@ from mda_lightning.shuffling import key_of, keyed_order
 
 LIBRARY_DOMAIN = "library"
 _BUILD_VERSION = 1  # changes when the same parameters would give another corpus
-_LEFT_OUT = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__"})
+# Tests, what is not the library's own, and what not every version or distribution has.
+_LEFT_OUT = frozenset(
+    {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3"}
+)
 _RECORDS_PER_BATCH = 500
 
 Progress: TypeAlias = Callable[[str, float], None]
@@ -39,8 +42,8 @@ def embedded_corpus(
     cache_dir: str | os.PathLike[str],
     *,
     seed: int = 0,
-    records_share: float = 0.3,
-    n_rows: int = 60_000,
+    records_share: float = 0.15,
+    n_rows: int = 45_000,
     row_length: int = 129,
     vocab_size: int = 512,
     style: RecordStyle | None = None,
@@ -73,8 +76,10 @@ def embedded_corpus(
     style = style or RecordStyle()
     if not 0 <= records_share <= 1:
         raise ValueError(f"records_share is {records_share}; it is a share of the rows, 0 to 1")
-    if n_rows < 1:
-        raise ValueError(f"n_rows is {n_rows}; at least 1 row is needed")
+    if n_rows < 1 or row_length < 2:
+        raise ValueError(
+            f"n_rows is {n_rows}, row_length {row_length}; at least 1 and 2 are needed"
+        )
     report = progress or (lambda message, done: None)
     report("reading the standard library", 0.0)
     texts = library_texts()
@@ -105,8 +110,8 @@ def embedded_corpus(
 def library_texts() -> list[str]:
     """The text of the running Python's library modules, in the order of their paths.
 
-    Tests and installed packages are left out. Characters outside ASCII are written as escapes, so
-    that a small vocabulary can hold every byte.
+    Tests, installed packages, IDLE and lib2to3 are left out. Characters outside ASCII are written
+    as escapes, so that a small vocabulary can hold every byte.
 
     Raises:
         ValueError: this Python has no library source.
@@ -156,7 +161,8 @@ def _build(
             break
         library.append(ids)
         n_tokens += len(ids) + 1
-        report("tokenising the library", 0.1 + 0.6 * n_tokens / (wanted * row_length))
+        done = min(1.0, n_tokens / (wanted * row_length))
+        report("tokenising the library", 0.1 + 0.6 * done)
     n_library = min(wanted, n_tokens // row_length)
     n_records = n_rows - wanted if n_library == wanted else round(n_library * share / (1 - share))
 

@@ -23,6 +23,7 @@ _WORDS = (
     *("next", "data", "port", "mode", "text", "open", "close", "read", "write", "send", "start"),
     *("stop", "wait", "move", "join", "copy", "drop", "retry"),
 )
+_LONGEST_PIECE = 5  # characters
 _LEVELS = ("INFO", "WARNING", "ERROR", "DEBUG")
 
 Draw: TypeAlias = Callable[[], str]
@@ -34,19 +35,19 @@ class RecordStyle:
     """How records look.
 
     Attributes:
-        pieces: what names are made of: short alphanumeric words of the tokenizer's own
+        pieces: what names are made of: short alphanumeric tokens of the tokenizer's own
             ``"vocabulary"``, so that a name of n pieces has about n tokens drawn from the whole
             vocabulary, or single ``"characters"``.
         pieces_per_name: fewest and most pieces in a name.
-        names_per_record: fewest and most different names in a record.
+        second_name: share of the records that have two names instead of one.
         lines_per_record: fewest and most lines (entries); each uses one of the record's names.
         layouts: which layouts, equally often.
     """
 
     pieces: Literal["vocabulary", "characters"] = "vocabulary"
-    pieces_per_name: tuple[int, int] = (6, 14)
-    names_per_record: tuple[int, int] = (1, 2)
-    lines_per_record: tuple[int, int] = (4, 6)
+    pieces_per_name: tuple[int, int] = (4, 8)
+    second_name: float = 0.3
+    lines_per_record: tuple[int, int] = (5, 8)
     layouts: tuple[str, ...] = ("keys", "logs", "table", "markup", "csv", "json")
 
     def __post_init__(self) -> None:
@@ -55,7 +56,9 @@ class RecordStyle:
             raise ValueError(
                 f"layouts {sorted(unknown)} are unknown; choose among {sorted(LAYOUTS)}"
             )
-        for name in ("pieces_per_name", "names_per_record", "lines_per_record"):
+        if not 0 <= self.second_name <= 1:
+            raise ValueError(f"second_name is {self.second_name}; it is a share, 0 to 1")
+        for name in ("pieces_per_name", "lines_per_record"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise ValueError(f"{name} is ({low}, {high}); fewest and most, at least 1")
@@ -80,7 +83,7 @@ class RecordGenerator:
         rng, style = self._rng, self._style
         names = [
             "".join(rng.choices(self._pieces, k=rng.randint(*style.pieces_per_name)))
-            for _ in range(rng.randint(*style.names_per_record))
+            for _ in range(1 + (rng.random() < style.second_name))
         ]
         lines = rng.randint(*style.lines_per_record)
         return LAYOUTS[layout](rng, lines, lambda: rng.choice(names), lambda: rng.choice(_WORDS))
@@ -138,5 +141,5 @@ def _pieces(style: RecordStyle, tokenizer: Tokenizer) -> Sequence[str]:
     if style.pieces == "characters":
         return string.ascii_letters + string.digits
     # Tokens without the leading-space mark: a name is one unbroken string.
-    words = sorted(token for token in tokenizer.get_vocab() if token.isascii() and token.isalnum())
-    return [word for word in words if len(word) >= 2] or words
+    vocabulary = sorted(tokenizer.get_vocab())
+    return [t for t in vocabulary if t.isascii() and t.isalnum() and len(t) <= _LONGEST_PIECE]
