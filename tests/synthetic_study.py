@@ -95,12 +95,13 @@ def write_metrics(
 
 
 def write_scores(path: Path, rows: TokenRows, *, seed: int, unit: str, start: int) -> ScoreTable:
-    """Student-t scores, shifted up for records; the unsafe row comes first."""
+    """Student-t scores, shifted up for records; the unsafe row comes first, the last is NaN."""
     rng = np.random.default_rng(seed)
     ids = np.arange(len(rows))
     favoured = np.array([name != "library" for name in rows.domains(ids) or []])
     scores = rng.standard_t(3, len(rows)) + np.where(favoured, 1.6, 0.0)
     scores[0] = scores.max() + 2.0
+    scores[-1] = np.nan
     values = np.stack([0.5 * scores, 0.3 * scores, 0.2 * scores], axis=1)[:, None, :]
     return ScoreTable.write(
         path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ class SeedInfluence:
 
     Attributes:
         unit: the head scored for ("L1H2").
-        sample_ids, scores, steps: aligned, finite scores only, [N].
-        n_excluded: rows left out because their score was not finite.
+        sample_ids, scores, steps: aligned, ascending by id, finite scores only, [N]. A sample that
+            was trained on more than once counts once, with its mean score and its first step.
+        n_excluded: samples left out because their score was not finite.
         top: ids of the treated fraction, best first; ``bottom``: worst first, as many.
         share: of the positive influence held by ``top``.
         noise_share: the share that normal noise of the same mean and spread would show.
@@ -55,8 +57,8 @@ class SeedInfluence:
     provenance: Mapping[str, Any]
 
     def of(self, sample_id: int) -> tuple[float, int]:
-        """(score, step) of one sample; of its first row when it was trained on more than once."""
-        row = int(np.flatnonzero(self.sample_ids == sample_id)[0])
+        """(score, step) of one sample."""
+        row = int(np.searchsorted(self.sample_ids, sample_id))
         return float(self.scores[row]), int(self.steps[row])
 
 
@@ -73,22 +75,26 @@ def seed_influence(path: str | Path, *, seed: int, unit: str, fraction: float) -
     table = ScoreTable.open(path)
     if unit not in table.units:
         raise ValueError(f"the score table has no unit {unit}: it holds {', '.join(table.units)}")
-    frame = table.frame(unit)
-    values = frame["score"].to_numpy(dtype=np.float64)
+    sample_ids, values = table.mean_scores(unit)
+    steps = table.frame(unit).groupby("sample_id")["step"].min().to_numpy(dtype=np.int64)
     finite = np.isfinite(values)
     if not finite.any():
         raise ValueError(f"the score table has no finite score for unit {unit}")
     scores = values[finite]
+    with warnings.catch_warnings():  # the table warns of left-out samples; here they are counted
+        warnings.simplefilter("ignore", UserWarning)
+        top = table.top(unit, fraction=fraction)
+        bottom = table.bottom(unit, fraction=fraction)
     spread = float(scores.std())
     return SeedInfluence(
         seed=seed,
         unit=unit,
-        sample_ids=frame["sample_id"].to_numpy(dtype=np.int64)[finite],
+        sample_ids=sample_ids[finite],
         scores=scores,
-        steps=frame["step"].to_numpy(dtype=np.int64)[finite],
+        steps=steps[finite],
         n_excluded=int((~finite).sum()),
-        top=np.asarray(table.top(unit, fraction=fraction), dtype=np.int64),
-        bottom=np.asarray(table.bottom(unit, fraction=fraction), dtype=np.int64),
+        top=top,
+        bottom=bottom,
         share=top_share(scores, fraction),
         noise_share=normal_top_share(fraction, mean=float(scores.mean()), sd=spread)
         if spread > 0

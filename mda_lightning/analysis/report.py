@@ -29,7 +29,7 @@ from mda_lightning.analysis.report_figures import (
 )
 from mda_lightning.analysis.samples import MOST_TOKENS, ShownSample, pieces_of
 from mda_lightning.analysis.study import Study, load_study
-from mda_lightning.analysis.verdicts import comparisons, doubts, phrase, summary
+from mda_lightning.analysis.verdicts import comparisons, doubts, phrase, plural, summary
 from mda_lightning.corpora import TokenRows
 from mda_lightning.files import atomic_path
 
@@ -117,17 +117,20 @@ def _influences(study: Study, notes: list[str]) -> list[SeedInfluence]:
         if seed.scores is None or seed.score_unit is None:
             continue
         try:
-            found.append(
-                seed_influence(
-                    seed.scores,
-                    seed=seed.seed,
-                    unit=seed.score_unit,
-                    fraction=study.treated_fraction,
-                )
+            one = seed_influence(
+                seed.scores,
+                seed=seed.seed,
+                unit=seed.score_unit,
+                fraction=study.treated_fraction,
             )
         except (ValueError, OSError) as error:
             reason = str(error).replace(f"{study.folder}/", "")
             notes.append(f"Seed {seed.seed}: its scores could not be used: {reason}.")
+            continue
+        found.append(one)
+        if one.n_excluded:
+            count = plural(one.n_excluded, "sample")
+            notes.append(f"Seed {seed.seed}: {count} without a finite score left out.")
     return found
 
 

@@ -38,15 +38,19 @@ def score_distribution(
     above.set_xscale("symlog", linthresh=scale, linscale=0.8)
     high = scale * np.geomspace(1.0, max(reach / scale, 1.5), 28)
     bins = np.concatenate([-high[::-1], np.linspace(-scale, scale, 21)[1:-1], high]).tolist()
-    above.hist(values[values < 0], bins=bins, color=theme.muted, alpha=0.75, label="hinder")
-    above.hist(values[values >= 0], bins=bins, color=theme.accent, alpha=0.85, label="promote")
+    for sign, colour, side in ((-1, theme.muted, "hinder"), (1, theme.accent, "promote")):
+        counts = np.histogram(values[values < 0] if sign < 0 else values[values >= 0], bins)[0]
+        above.stairs(counts, bins, fill=True, color=colour, alpha=0.85, label=side)
     above.axvline(0.0, color=theme.ink, linewidth=1.0)
     above.axvspan(edge, reach, color=theme.shade, zorder=0, linewidth=0, label=label)
     above.set_yscale("log")
     above.set_ylim(bottom=0.8)
-    # Ticks at a few powers of ten only: symlog's own set overlaps around zero.
-    powers = [p for p in 10.0 ** np.arange(-15, 16) if scale < p <= reach][-2:]
-    above.set_xticks(sorted([-p for p in powers] + [0.0] + powers))
+    above.xaxis.set_major_formatter(_plain)
+    above.yaxis.set_major_formatter(_plain)
+    # A few ticks of our own: symlog's set overlaps around zero.
+    ticks = [_rounded_down(reach)]
+    ticks += [ticks[0] / 10] if ticks[0] / 10 > scale else []
+    above.set_xticks(sorted([-tick for tick in ticks] + [0.0] + ticks))
     above.minorticks_off()
     above.set_xlabel(f"influence score on {unit or 'the unit'} (symmetric log scale)")
     above.set_ylabel("samples per bin")
@@ -78,10 +82,25 @@ def score_distribution(
                 label=f"power law, exponent {tail.exponent:.2f}",
             )  # fmt: skip
         below.set_xlim(0.7 / values.size, 1.0)
+        below.set_ylim(bottom=max(positive[-1], 1e-4 * positive[0]) / 1.5)
+        below.minorticks_off()
+        below.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        below.yaxis.set_major_formatter(_plain)
         legend(below, theme, columns=2)
-    below.set_xlabel("rank among all scored samples (fraction, log scale)")
+    below.set_xlabel("rank, as share of all scored samples (log scale)")
     below.set_ylabel("score")
     return figure
+
+
+def _plain(value: float, _: float = 0.0) -> str:
+    """Tick text without mathematics typesetting, which costs most of a figure's time."""
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _rounded_down(value: float) -> float:
+    """To one significant digit: 0.0273 gives 0.02."""
+    power = 10.0 ** np.floor(np.log10(value))
+    return float(np.floor(value / power) * power)
 
 
 def domain_composition(
