@@ -135,10 +135,11 @@ class PythiaModule(LightningModule):
         if self.normalize == "kept":
             self._kept.add(weights if weights is not None else torch.ones_like(losses))
             logged = weighted_loss(losses.detach(), weights, normalize="kept")
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/loss", logged, prog_bar=True, batch_size=len(tokens))
-        self.log("lr", rate, batch_size=len(tokens))
-        self.log("tokens", float(self._tokens_seen), batch_size=len(tokens))
+        if self._row_is_due():
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log("lr", rate, batch_size=len(tokens))
+            self.log("tokens", float(self._tokens_seen), batch_size=len(tokens))
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> Tensor:
@@ -230,6 +231,11 @@ class PythiaModule(LightningModule):
         except RuntimeError:  # not attached to a Trainer
             mixed = False
         return not mixed and all(p.device.type in ("cpu", "cuda") for p in self.parameters())
+
+    def _row_is_due(self) -> bool:
+        """Whether loggers write this step; each `log` takes a share of a small model's step."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set unannounced
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def _check_tokens(self, tokens: Tensor) -> None:
         """Read once per epoch, on the host: on a GPU a bad id is an assertion without a name."""
