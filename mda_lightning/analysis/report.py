@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,15 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{float(seconds):.1f} s"
 
 
+def _moment(text: str) -> str:
+    """``2026-01-05 10:00 UTC`` of an ISO time; any other text as it is."""
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return when.strftime("%Y-%m-%d %H:%M %Z").strip()
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mda_lightning.analysis", "templates"),
@@ -245,5 +255,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(inline=_inline, number=_number, step=_step, duration=_duration)
+    environment.filters.update(
+        inline=_inline, number=_number, step=_step, duration=_duration, moment=_moment
+    )
     return environment
