@@ -96,12 +96,14 @@ class CurveMechanism:
         return UnitScores(mean, torch.full_like(mean, 0.01))
 
 
-def jump(at: int, *, to: float = 0.6, layers: int = 2, heads: int = 2) -> Callable[[int], Any]:
-    """All heads at chance until L1H1 rises to ``to`` from step ``at`` on, over 40 steps."""
+def jump(
+    at: int, *, to: float = 0.6, ramp: int = 40, layers: int = 2, heads: int = 2
+) -> Callable[[int], Any]:
+    """All heads at chance until L1H1 rises to ``to`` from step ``at`` on, over ``ramp`` steps."""
 
     def curve(step: int) -> np.ndarray:
         values = np.full((layers, heads), 0.05)
-        values[1, 1] += (to - 0.05) * min(max((step - at + 1) / 40, 0.0), 1.0)
+        values[1, 1] += (to - 0.05) * min(max((step - at + 1) / ramp, 0.0), 1.0)
         return values
 
     return curve
