@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -39,6 +39,7 @@ TEXTS = [("prose", "Der Rhein fließt. " * 40), ("code", "def f(x):\n    return 
 @given(
     st.integers(1, 9), st.integers(2, 7), st.integers(2, 70_000), st.integers(0, 99), st.booleans()
 )
+@settings(max_examples=40)
 def test_rows_come_back_as_written(
     tmp_path_factory: pytest.TempPathFactory,
     n_rows: int,

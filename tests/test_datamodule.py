@@ -277,6 +277,38 @@ def test_ranks_and_micro_batches_share_out_the_global_batch(
         assert (tokens == rows.get(want.sample_ids)).all()
 
 
+class RankRecorder(Recorder):
+    """Leave each rank's ledger in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self) -> None:
+        torch.save((self.seen, self.weight.item()), self.folder / f"rank-{self.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_the_global_batch(rows: TokenRows, tmp_path: Path) -> None:
+    """With the Trainer's default ``use_distributed_sampler``: each sample once, in rank order."""
+    data = TokenDataModule(rows, batch_size=BATCH, n_steps=4)
+    pl.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(RankRecorder(tmp_path), datamodule=data)
+    (first, one), (second, other) = (torch.load(tmp_path / f"rank-{r}.pt") for r in range(2))
+    assert one == other
+    for step, want in enumerate(data.schedule.batch(k).sample_ids.tolist() for k in range(4)):
+        shares = [[row[1] for row in seen if row[0] == step] for seen in (first, second)]
+        assert shares == [want[:2], want[2:]]
+
+
 def test_validation_rows_come_once_each_in_order(rows: TokenRows) -> None:
     data = TokenDataModule(rows, batch_size=5, n_steps=2, val_rows=str(rows.folder))
     ids = torch.cat([batch["sample_id"] for batch in data.val_dataloader()])

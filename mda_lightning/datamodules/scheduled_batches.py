@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from mda_lightning.corpora import TokenRows
 from mda_lightning.schedule import BASE, Schedule
@@ -93,14 +94,16 @@ class RowBatches(Dataset[Batch]):
         }
 
 
-class FromPosition(Sampler[int]):
+class FromPosition(DistributedSampler[int]):
     """The numbers ``start() .. length - 1``, ``start`` asked when iteration begins.
 
     Its length is the whole run's, also after a resume: Lightning counts the batches that were
-    trained before the checkpoint towards it.
+    trained before the checkpoint towards it. It is a DistributedSampler because ranks are already
+    told apart, in the batches: Lightning leaves such a sampler in its place.
     """
 
     def __init__(self, length: int, start: Callable[[], int]) -> None:
+        super().__init__(range(length), num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
         self._length = length
         self._start = start
 
