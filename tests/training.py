@@ -17,6 +17,7 @@ from mda_lightning.metrics import UnitScores
 
 ROW = 17
 VOCABULARY = 40
+MODEL_VOCABULARY = 48
 
 
 class Rows(Dataset):
@@ -40,7 +41,7 @@ class StrangersModule(pl.LightningModule):
 
     def __init__(self, *, freeze: bool = False, dropout: bool = False, compile: bool = False):
         super().__init__()
-        self.net = torch.nn.ModuleDict({"lm": random_neox(seed=0)})
+        self.net = torch.nn.ModuleDict({"lm": random_neox(seed=0, vocab_size=MODEL_VOCABULARY)})
         self.net["lm"].train()
         self.noise = torch.nn.Dropout(0.1 if dropout else 0.0)
         if freeze:

@@ -36,7 +36,8 @@ from mda_lightning.callbacks.scoring_needs import (
     monitor_before,
     window_before,
 )
-from mda_lightning.callbacks.window_follower import Edge
+from mda_lightning.callbacks.when import Active, When
+from mda_lightning.callbacks.window_follower import Edge, Phase
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.curvature import Fisher
 from mda_lightning.mechanisms import Mechanism
@@ -64,7 +65,7 @@ class InfluenceScoring(pl.Callback):
     ==============================  ==============================================================
 
     In the run's folder: ``scores.parquet``, a :class:`~mda_lightning.store.ScoreTable`; until the
-    end, in-run rows are in ``scores.parts/``.
+    end, in-run rows are in ``scores.parts/``, which stays while the run could be carried on.
 
     Args:
         mechanism: a name, or a Mechanism with its settings. A name takes the monitor's, if it
@@ -97,7 +98,7 @@ class InfluenceScoring(pl.Callback):
         mechanism: str | Mechanism = "induction",
         *,
         estimator: Estimator = "in_run",
-        active: Literal["window", "always"] | tuple[int, int] = "window",
+        active: Active = "window",
         units: Sequence[str] | Literal["all"] = "all",
         refresh_every: int = 100,
         n_curvature: int = 128,
@@ -118,16 +119,12 @@ class InfluenceScoring(pl.Callback):
         super().__init__()
         if min(refresh_every, n_curvature, replay_batch_size) < 1:
             raise ValueError("refresh_every, n_curvature and replay_batch_size are at least 1")
-        if not isinstance(active, str) and not 0 <= active[0] < active[1]:
-            raise ValueError(f"active={tuple(active)}: steps [first, last) with 0 <= first < last")
         self.estimator = estimator
         self.folder: Path | None = None
         self._given = mechanism
         self._mechanism = build_mechanism(mechanism, token_ids)
         self._token_ids = token_ids
-        self._active: Literal["window", "always"] | tuple[int, int] = (
-            active if isinstance(active, str) else (int(active[0]), int(active[1]))
-        )
+        self._when = When(active)
         self._unit_names: tuple[str, ...] | None = (
             None if isinstance(units, str) else tuple(str(parse_unit(unit)) for unit in units)
         )
@@ -159,7 +156,7 @@ class InfluenceScoring(pl.Callback):
         arguments = {
             "mechanism": self._mechanism.settings() | {"name": self._mechanism.name},
             "estimator": self.estimator,
-            "active": self._active,
+            "active": self._when.active,
             "units": self._unit_names,
         }
         return state_key("InfluenceScoring", arguments)
@@ -202,7 +199,7 @@ class InfluenceScoring(pl.Callback):
             pl_module,
             mechanism=self._mechanism,
             estimator=self.estimator,
-            by_window=self._active == "window",
+            by_window=self._when.by_window,
             window=self._window,
         )
         if trainer.global_step == 0:
@@ -232,7 +229,9 @@ class InfluenceScoring(pl.Callback):
         if not self._checked_batch:
             self._fields.read_ids(batch)  # a missing id is an error now, not when a window opens
             self._checked_batch = True
-        if not self._is_active(step):
+        if not self._when.is_on(step, self._phase):
+            if self._when.is_over(step, self._phase):
+                self._scorer.remove()
             return
         if trainer.strategy.reduce_boolean_decision(self._is_due(step), all=False):
             self._refresh(trainer, pl_module, step)
@@ -290,18 +289,9 @@ class InfluenceScoring(pl.Callback):
         if self._scorer is not None:
             self._scorer.remove()
 
-    def _is_active(self, step: int) -> bool:
-        """Whether this step's samples are scored; hooks go when none will be any more."""
-        assert self._scorer is not None
-        if isinstance(self._active, tuple):
-            active, over = self._active[0] <= step < self._active[1], step >= self._active[1]
-        else:
-            phase = "open" if self._window is None else self._window.phase
-            active = self._active == "always" or phase in ("warned", "open")
-            over = not active and phase == "closed"
-        if over:
-            self._scorer.remove()
-        return active
+    @property
+    def _phase(self) -> Phase:
+        return "before" if self._window is None else self._window.phase
 
     def _is_due(self, step: int) -> bool:
         assert self._scorer is not None
@@ -340,29 +330,29 @@ class InfluenceScoring(pl.Callback):
         rows = self._rows.all()
         found = None if self._window is None else self._window.window
         n_outside = 0
-        if rows is not None and self._active == "window":
+        if rows is not None and self._when.by_window:
             if found is None:
                 rows = None  # warnings that came to nothing
             else:
                 rows, n_outside = inside(rows, found[1].start, found[1].end)
         if rows is None or not len(rows.sample_id):
-            if self._active == "window":
+            if self._when.by_window:
                 _warn_of_nothing("no window opened", "window.json says how far the heads came")
             else:
                 _warn_of_nothing(
-                    f"active={self._active}", f"the run ended at {trainer.global_step}"
+                    f"active={self._when.active}", f"the run ended at {trainer.global_step}"
                 )
             return
         facts = {
             **self._curvature,
             "refreshes": self._refreshes,
             "refresh_every": self._refresh_every,
-            "active": self._active if isinstance(self._active, str) else list(self._active),
+            "active": self._when.active,
             "n_masked_or_not_finite": int(np.isnan(rows.values).any(axis=(1, 2)).sum()),
             "n_outside_window": n_outside,
         }
         self._write(trainer, rows, facts)
-        if self._active != "window" or (self._window and self._window.phase == "closed"):
+        if self._when.is_over(trainer.global_step, self._phase):
             self._rows.clear()  # else a run that is carried on needs them
 
     # -- replay -------------------------------------------------------------------------------
