@@ -181,13 +181,9 @@ class Schedule:
 class StreamDigest:
     """A hash of what the first ``step`` steps of a schedule train on.
 
-    Two schedules agree on all of their first steps exactly when these digests agree; it is how a
-    branch is checked against what its checkpoint has already consumed. Chained step by step, so it
-    can be carried on from a checkpoint.
-
-    Args:
-        schedule: whose stream.
-        step, value: where to carry on from; by default the beginning.
+    Two schedules agree on these steps exactly when the digests agree; so a branch is checked
+    against what its checkpoint has consumed. Chained step by step: ``step`` and ``value`` carry a
+    digest on from a checkpoint.
     """
 
     def __init__(self, schedule: Schedule, step: int = 0, value: str = "") -> None:

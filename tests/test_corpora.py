@@ -288,6 +288,9 @@ def test_npy_rows(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", tokens[0])
     with pytest.raises(ValueError, match=r"shape \(7,\)"):
         rows_from_npy(tmp_path / "d", tmp_path / "b.npy")
+    (tmp_path / "b.npy").write_text("text")
+    with pytest.raises(ValueError, match=r"b\.npy is not a \.npy file"):
+        rows_from_npy(tmp_path / "d", tmp_path / "b.npy")
 
 
 # -- real text --------------------------------------------------------------------------------

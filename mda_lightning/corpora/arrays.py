@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mda_lightning.corpora.packing import pack
 from mda_lightning.corpora.token_rows import TokenRows
 
+_NPY_MAGIC = b"\x93NUMPY"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.generic]] = {
@@ -45,6 +46,9 @@ def rows_from_npy(
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no array file at {path}")
+    with path.open("rb") as file:
+        if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:
+            raise ValueError(f"{path} is not a .npy file; np.save writes one")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.ndim != 2:
         raise ValueError(f"{path} has shape {array.shape}; token rows are [N, T + 1]")

@@ -17,14 +17,11 @@ class StreamPosition:
         start_step: the step that this fit begins with; 0, or what the checkpoint had consumed.
         accumulate: micro-batches of a step.
         restored: whether ``start_step`` came from a checkpoint.
-        lead: micro-batches consumed before Lightning's current epoch. Not 0 only where a finished
-            run is carried on, which Lightning counts as a new epoch from batch 0.
     """
 
     start_step: int = 0
     accumulate: int = 1
     restored: bool = False
-    lead: int = 0
 
     @property
     def start(self) -> int:
@@ -38,11 +35,11 @@ class StreamPosition:
         checkpoints are saved before ``completed`` is counted, and on an exception, when ``ready``
         already counts the batch that failed.
         """
-        return int(self.lead + _batch_progress(trainer).current.processed) // self.accumulate
+        return int(_batch_progress(trainer).current.processed) // self.accumulate
 
     def begin(self, accumulate: int) -> None:
         """Forget an earlier fit; a checkpoint, where there is one, is read after this."""
-        self.start_step, self.restored, self.lead = 0, False, 0
+        self.start_step, self.restored = 0, False
         self.accumulate = accumulate
 
 
@@ -56,10 +53,8 @@ class ResumeAtStep(Callback):
 
     def __init__(self, position: StreamPosition) -> None:
         self.position = position
-        self._begun = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begun = False
         position = self.position
         if trainer.ckpt_path and trainer.global_step > 0 and not position.restored:
             raise ValueError(
@@ -75,13 +70,6 @@ class ResumeAtStep(Callback):
                 # What was begun and not processed is forgotten, as Lightning does on a restart.
                 tracker.processed += shift
                 tracker.ready = tracker.started = tracker.processed
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if not self._begun:
-            self._begun = True
-            self.position.lead = self.position.start - batch_idx
 
 
 def _batch_progress(trainer: pl.Trainer) -> Any:
