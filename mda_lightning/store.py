@@ -29,8 +29,8 @@ class ScoreTable:
 
     Long by (unit, sample): columns ``sample_id`` int64, ``step`` int32 (the update that trained on
     it), ``unit`` (dictionary), one float32 column per block, ``score`` float32 (the sum over
-    blocks), ``loss`` float32 (of the sample, mean over its positions). A sample trained on twice has
-    two rows per unit.
+    blocks), ``loss`` float32 (of the sample, mean over its positions). A sample trained on twice
+    has two rows per unit.
 
     Attributes:
         path: the file.
