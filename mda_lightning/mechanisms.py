@@ -7,7 +7,7 @@ whose gradient influence scores project on. f is always higher-is-better.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -97,7 +97,7 @@ class _HeadMechanism:
             )
 
     def settings(self) -> dict[str, Any]:
-        values = {k: v for k, v in asdict(replace(self, _built={})).items() if k != "_built"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_built"}
         ids = self.token_ids
         if ids is not None and ids == tuple(range(ids[0], ids[-1] + 1)):
             values["token_ids"] = {"first": ids[0], "last": ids[-1]}

@@ -31,7 +31,7 @@ SMALL = StudySettings(
     mechanism="previous_token",
     corpus=CorpusSettings(n_rows=6000, sequence_length=64, records_share=0.3),
     model=ModelSettings(n_layers=2, n_heads=2, d_model=32, d_mlp=32, rotary_fraction=1.0),
-    training=TrainingSettings(max_steps=700, learning_rate=1e-2),
+    training=TrainingSettings(max_steps=2500, learning_rate=1e-2),
     scoring=ScoringSettings(n_curvature=32),
     monitor=MonitorSettings(n_sequences=50, averaged_evaluations=3),
 )

@@ -95,6 +95,9 @@ class CriticalWindow(pl.Callback):
         self.mechanism = mechanism
         self.target = None if target is None else parse_unit(target)
         self.rule = rule or WindowRule()
+        arguments = {"mechanism": mechanism, "target": target, "rule": self.rule.settings()}
+        # Kept: Lightning asks for the key at every hook of every step.
+        self._state_key = state_key("CriticalWindow", arguments)
         self.folder: Path | None = None
         self.follower: WindowFollower | None = None
         self._ring = CheckpointRing(ring)
@@ -133,13 +136,7 @@ class CriticalWindow(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        target = None if self.target is None else str(self.target)
-        arguments = {
-            "mechanism": self.mechanism,
-            "target": target,
-            "rule": self.rule.settings(),
-        }
-        return state_key("CriticalWindow", arguments)
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         if self.follower is None:

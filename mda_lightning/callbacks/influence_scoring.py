@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +26,12 @@ from mda_lightning.callbacks.inverse_probe import CurvatureSettings
 from mda_lightning.callbacks.loggers import log_scalars, run_folder
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.callbacks.recent_sequences import RecentSequences
-from mda_lightning.callbacks.score_output import write_scores
+from mda_lightning.callbacks.score_output import warn_of_nothing, write_scores
 from mda_lightning.callbacks.score_rows import RowBlock, ScoreRows, inside
 from mda_lightning.callbacks.scoring_needs import (
     Estimator,
     check_not_compiled,
+    check_replay,
     check_setup,
     monitor_before,
     window_before,
@@ -73,12 +73,12 @@ class InfluenceScoring(pl.Callback):
         estimator: see above.
         active: when in-run scoring is on: inside the window that CriticalWindow announces, from its
             first warning on; always; or in steps [first, last).
-        units: heads such as ``["L1H2"]``, or "all".
+        units: heads such as ``["L1H2"]``, "all", or "target": the head whose window it is (replay).
         refresh_every: steps between refreshes of curvature and probe gradient (in_run).
         n_curvature: sequences that the curvature is estimated on.
         curvature: "ekfac", or "identity" for the plain dot product with ∇f.
         fisher, damping, seed: of the curvature.
-        n_checkpoints: replay at the window's start (1), or the mean over start, midpoint, end (3).
+        replay_at: the kept checkpoints whose scores are averaged, of "start", "mid", "end".
         replay_batch_size: sequences at once in replay.
         sample_id_key, tokens_key, weight_key: names in the batch; tokens_key None takes ``tokens``
             or ``input_ids``.
@@ -99,14 +99,14 @@ class InfluenceScoring(pl.Callback):
         *,
         estimator: Estimator = "in_run",
         active: Active = "window",
-        units: Sequence[str] | Literal["all"] = "all",
-        refresh_every: int = 100,
+        units: Sequence[str] | Literal["all", "target"] = "all",
+        refresh_every: int = 200,
         n_curvature: int = 128,
         curvature: Literal["ekfac", "identity"] = "ekfac",
         fisher: Fisher = "sampled",
         damping: float = 0.1,
         seed: int = 0,
-        n_checkpoints: Literal[1, 3] = 3,
+        replay_at: Sequence[Edge] = ("start", "mid", "end"),
         replay_batch_size: int = 32,
         sample_id_key: str = "sample_id",
         tokens_key: str | None = None,
@@ -131,7 +131,9 @@ class InfluenceScoring(pl.Callback):
         self._refresh_every = refresh_every
         self._settings = CurvatureSettings(curvature, fisher, damping, seed)
         self._n_curvature = n_curvature
-        self._n_checkpoints = n_checkpoints
+        check_replay(replay_at, only_target=units == "target", estimator=estimator)
+        self._replay_at = tuple(replay_at)
+        self._only_target = units == "target"
         self._replay_batch_size = replay_batch_size
         self._fields = BatchFields(sample_id_key, tokens_key, weight_key)
         self._loss_reduction = loss_reduction
@@ -148,18 +150,15 @@ class InfluenceScoring(pl.Callback):
         self._checked_batch = False
         self._batch: HeldBatch | None = None  # the one that is being listened to
         self._done = False
+        described = self._mechanism.settings() | {"name": self._mechanism.name}
+        arguments = {"mechanism": described, "estimator": estimator, "active": self._when.active}
+        self._state_key = state_key("InfluenceScoring", arguments | {"units": self._unit_names})
 
     # -- Lightning ----------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        arguments = {
-            "mechanism": self._mechanism.settings() | {"name": self._mechanism.name},
-            "estimator": self.estimator,
-            "active": self._when.active,
-            "units": self._unit_names,
-        }
-        return state_key("InfluenceScoring", arguments)
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         """Rows are in shards on disk; this is what it takes to go on with them."""
@@ -337,9 +336,9 @@ class InfluenceScoring(pl.Callback):
                 rows, n_outside = inside(rows, found[1].start, found[1].end)
         if rows is None or not len(rows.sample_id):
             if self._when.by_window:
-                _warn_of_nothing("no window opened", "window.json says how far the heads came")
+                warn_of_nothing("no window opened", "window.json says how far the heads came")
             else:
-                _warn_of_nothing(
+                warn_of_nothing(
                     f"active={self._when.active}", f"the run ended at {trainer.global_step}"
                 )
             return
@@ -349,9 +348,8 @@ class InfluenceScoring(pl.Callback):
             "refresh_every": self._refresh_every,
             "active": self._when.active,
             "n_masked_or_not_finite": int(np.isnan(rows.values).any(axis=(1, 2)).sum()),
-            "n_outside_window": n_outside,
         }
-        self._write(trainer, rows, facts)
+        self._write(trainer, rows, facts | {"n_outside_window": n_outside})
         if self._when.is_over(trainer.global_step, self._phase):
             self._rows.clear()  # else a run that is carried on needs them
 
@@ -361,12 +359,13 @@ class InfluenceScoring(pl.Callback):
         assert self._model is not None and self._window is not None
         self._done = True
         found, kept = self._window.window, self._window.checkpoints
-        edges: list[Edge] = ["start"] if self._n_checkpoints == 1 else ["start", "mid", "end"]
-        usable = [edge for edge in edges if edge in kept]
+        usable = [edge for edge in self._replay_at if edge in kept]
         if found is None or found[1].end_reason == "lapsed" or not usable:
-            _warn_of_nothing("the run has no window with checkpoints", "window.json says why")
+            warn_of_nothing("the run has no window with checkpoints", "window.json says why")
             return
-        window = found[1]
+        unit, window = found
+        if self._only_target:
+            self._units = [unit]
         end = trainer.global_step if window.end is None else window.end
         source: Any = trainer.datamodule  # type: ignore[attr-defined]
         with probe_scope(self._model):
@@ -396,7 +395,3 @@ class InfluenceScoring(pl.Callback):
             window=self._window,
             facts=facts,
         )
-
-
-def _warn_of_nothing(why: str, more: str) -> None:
-    warnings.warn(f"InfluenceScoring scored no sample: {why}; {more}", stacklevel=3)

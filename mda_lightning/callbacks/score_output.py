@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,8 @@ def write_scores(
         provenance=provenance,
     )
     log_file(trainer, path, name=f"{mechanism.name}-scores", kind="influence-scores")
+
+
+def warn_of_nothing(why: str, more: str) -> None:
+    """Say that a run ended without a score, and where to look."""
+    warnings.warn(f"InfluenceScoring scored no sample: {why}; {more}", stacklevel=3)

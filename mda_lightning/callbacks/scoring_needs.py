@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,6 +13,18 @@ from mda_lightning.callbacks.unit_monitor import UnitMonitor
 from mda_lightning.mechanisms import Mechanism
 
 Estimator = Literal["in_run", "replay"]
+
+
+def check_replay(replay_at: Sequence[str], *, only_target: bool, estimator: Estimator) -> None:
+    """Refuse arguments that contradict each other.
+
+    Raises:
+        ValueError: no or unknown checkpoints, or the target's scores before it is known.
+    """
+    if not replay_at or set(replay_at) - {"start", "mid", "end"}:
+        raise ValueError(f"replay_at={tuple(replay_at)}: one or more of 'start', 'mid', 'end'")
+    if only_target and estimator != "replay":
+        raise ValueError("units='target' is known only afterwards: use estimator='replay'")
 
 
 def monitor_before(trainer: pl.Trainer, me: pl.Callback) -> UnitMonitor | None:

@@ -105,6 +105,8 @@ class UnitMonitor(pl.Callback):
         self.folder: Path | None = None
         self.layout: ModelLayout | None = None
         self._model_name = model
+        # Kept: Lightning asks for the key at every hook of every step.
+        self._state_key = state_key("UnitMonitor", {"mechanisms": self._settings(), "model": model})
         self._model: PreTrainedModel | None = None
         self._top_k = top_k
         self._wanted_folder = folder
@@ -136,7 +138,7 @@ class UnitMonitor(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        return state_key("UnitMonitor", {"mechanisms": self._settings(), "model": self._model_name})
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         return {"schema_version": 1, "table": self.table.state_dict()}

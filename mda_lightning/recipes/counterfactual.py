@@ -183,7 +183,7 @@ class Study:
             "estimator": table.estimator,
             "fraction": what.fraction,
         }
-        bind = {
+        bind: dict[str, Any] = {
             "corpus_hash": self.rows.content_hash,
             "order_hash": order.content_hash,
             "seed": seed,

@@ -22,6 +22,13 @@ from mda_lightning.files import read_json, sha256_of, write_json
 
 _POLL_SECONDS = 0.2
 _LOG_TAIL = 25
+# glibc gives freed memory back and faults it in again at every step; keeping it is some percent
+# faster at these sizes. Other C libraries ignore the names.
+_KEEP_MEMORY = {
+    "MALLOC_TOP_PAD_": str(2**26),
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
 _STOP_SECONDS = 10
 
 
@@ -146,7 +153,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"},
+            env={**_KEEP_MEMORY, **os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"},
             # Ctrl-C reaches the parent alone, which then stops its jobs in order.
             start_new_session=True,
         )

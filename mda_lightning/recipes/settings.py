@@ -26,7 +26,7 @@ class CorpusSettings:
     records_share: float = 0.15
     vocab_size: int = 512
     sequence_length: int = 128
-    n_rows: int = 60_000
+    n_rows: int = 45_000
     pieces_per_name: tuple[int, int] = (4, 8)
     lines_per_record: tuple[int, int] = (5, 8)
 
@@ -59,8 +59,7 @@ class ScoringSettings:
     """Influence scores of the window's samples on the head that formed.
 
     Attributes:
-        n_checkpoints: checkpoints of the window whose scores are averaged (replay only): 1 is its
-            start, 3 its start, midpoint and end.
+        replay_at: checkpoints of the window whose scores are averaged (replay only).
         n_curvature: sequences that the curvature is estimated on.
     """
 
@@ -70,7 +69,7 @@ class ScoringSettings:
     fisher: Literal["sampled", "empirical"] = "sampled"
     damping: float = 0.1
     n_curvature: int = 256
-    n_checkpoints: Literal[1, 3] = 3
+    replay_at: tuple[Literal["start", "mid", "end"], ...] = ("mid",)
     seed: int = 0
 
 

@@ -1,0 +1,38 @@
+"""``python -m benchmarks [NAME ...]``: print each benchmark's rows for RESULTS.md."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import torch
+
+from benchmarks.quickstart_costs import in_run, monitoring, replay
+
+BENCHMARKS = {"monitoring": monitoring, "replay": replay, "in-run": in_run}
+
+
+def main() -> int:
+    """Run the named benchmarks, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default: 7)")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark {sorted(unknown)[0]!r}; there are: {', '.join(BENCHMARKS)}")
+    torch.set_num_threads(1)
+    print(
+        f"one thread, {options.rounds} rounds in turn after one uncounted; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
+    )
+    print("| benchmark | figure | median | least | greatest |\n|---|---|---|---|---|")
+    for name in options.names or BENCHMARKS:
+        for what, (median, low, high) in BENCHMARKS[name](options.rounds):
+            print(f"| {name} | {what} | {median:.3f} | {low:.3f} | {high:.3f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
