@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from training import Clock, CurveMechanism, Rows, StrangersModule, fit, jump
 
-from mda_lightning.callbacks import UnitMonitor
+from mda_lightning.callbacks import CriticalWindow, InfluenceScoring, UnitMonitor
 from mda_lightning.mechanisms import mechanism
 
 
@@ -184,3 +185,24 @@ def test_wandb_offline_gets_rows_table_and_image_without_an_account(
     tables = [row["unit_metrics"] for row, _ in logged if "unit_metrics" in row]
     assert tables and tables[0] is tables[-1]
     assert len(tables[-1].data) == 5 * 2 * 2 * 2
+
+
+def test_every_logged_key_is_documented(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "logged-keys.md").read_text()
+    clock = Clock()
+    run = [
+        clock,
+        UnitMonitor([CurveMechanism(clock, jump(2, ramp=2)), "induction"], every_n_steps=1),
+        CriticalWindow("curve"),
+        InfluenceScoring("induction", active="always"),
+    ]
+    logger = CSVLogger(tmp_path)
+    fit(StrangersModule(), run, tmp_path, logger=logger)
+    keys = set(rows(Path(logger.log_dir) / "metrics.csv")[0]) - {"step", "epoch"}
+    general = {
+        re.sub(r"L\d+H\d+", "L<l>H<h>", re.sub(r"^(curve|induction)", "<mechanism>", k))
+        for k in keys
+    }
+    assert {"<mechanism>/max", "<mechanism>/ema_max", "<mechanism>/scored"} <= general
+    missing = {key for key in general if f"`{key}`" not in page}
+    assert not missing
