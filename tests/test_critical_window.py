@@ -84,14 +84,11 @@ def test_the_ring_is_bounded_at_every_step(tmp_path: Path) -> None:
     assert max(counts) == 3
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (2, 0), (1, 2)])
 def test_training_resumes_exactly_from_every_promoted_checkpoint(
     tmp_path: Path, accumulate: int, workers: int
 ) -> None:
     """Weights, optimizer, learning rate, metric table: those of the run that never stopped."""
-    if workers and accumulate > 1:
-        pytest.skip("each is covered alone")
     rows = TokenRows.write(
         tmp_path / "rows", np.random.default_rng(0).integers(2, 60, (300, 17)), provenance={}
     )
@@ -102,7 +99,7 @@ def test_training_resumes_exactly_from_every_promoted_checkpoint(
             {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
             vocab_size=60,
             seq_len=16,
-            total_steps=70,
+            total_steps=60,
             warmup_steps=5,
         )
         clock = Clock()
@@ -119,9 +116,9 @@ def test_training_resumes_exactly_from_every_promoted_checkpoint(
             module,
             [clock, monitor, *extra],
             folder,
-            data=TokenDataModule(rows, batch_size=4, n_steps=70, seed=1, num_workers=workers),
+            data=TokenDataModule(rows, batch_size=4, n_steps=60, seed=1, num_workers=workers),
             ckpt_path=ckpt_path,
-            max_steps=70,
+            max_steps=60,
             accumulate_grad_batches=accumulate,
             use_distributed_sampler=False,
         )
@@ -135,7 +132,7 @@ def test_training_resumes_exactly_from_every_promoted_checkpoint(
         saved = torch.load(tmp_path / "whole" / path, weights_only=False)
         assert saved["TokenDataModule"]["step"] == saved["global_step"], edge
         again, other = run(tmp_path / edge, [], tmp_path / "whole" / path)
-        assert again.global_step == 70
+        assert again.global_step == 60
         assert_bit_identical(training_state(again), expected, edge)
         assert_bit_identical(other.table.state_dict(), monitor.table.state_dict(), edge)
         assert_bit_identical(
@@ -183,7 +180,7 @@ class WeightedModule(StrangersModule):
         return (losses.mean(1) * batch["weight"]).mean()
 
 
-@pytest.mark.parametrize("stop_at", [12, 34, 38, 44, 56])
+@pytest.mark.parametrize("stop_at", [12, 38, 56])
 def test_stopped_and_resumed_it_reports_the_identical_window(tmp_path: Path, stop_at: int) -> None:
     tokens = np.random.default_rng(0).integers(1, 40, (300, 17))
     rows = TokenRows.write(tmp_path / "rows", tokens, provenance={})
