@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -204,10 +206,18 @@ def _fit(arguments: list[str]) -> int:
     return EXIT_OK
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Being told to stop is an interruption like Ctrl-C: processes are stopped, work is kept."""
+    raise KeyboardInterrupt
+
+
 def _guarded(run: Callable[[], int]) -> int:
     """Turn the errors that a user can mend into one line; others keep their traceback."""
     from mda_lightning.recipes.jobs import JobError
 
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         return run()
     except KeyboardInterrupt:

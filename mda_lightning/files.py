@@ -46,8 +46,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield part
         if part.is_dir() and destination.is_dir():
-            shutil.rmtree(destination)
-        os.replace(part, destination)
+            former = part.with_name(f"{part.name}.former")
+            os.replace(destination, former)
+            os.replace(part, destination)
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            os.replace(part, destination)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

@@ -48,6 +48,8 @@ class Plan:
         seed: of the places that insertions take; None counts as 0.
         corpus_hash, order_hash: content hashes of the corpus and base order that the sample ids and
             steps refer to; None is unbound and fits any.
+        spared: sample ids whose base places no insertion with ``replace`` takes; treated samples
+            are always spared. int64, unique, ascending.
         source: where the plan comes from (scores, unit, fraction...), JSON values; not hashed.
         name: for people; not hashed.
     """
@@ -56,6 +58,7 @@ class Plan:
     seed: int | None = None
     corpus_hash: str | None = None
     order_hash: str | None = None
+    spared: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     source: Mapping[str, Any] = field(default_factory=dict)
     name: str = "plan"
 
@@ -94,6 +97,7 @@ class Plan:
             seed=_agreed("seed", self.seed, other.seed),
             corpus_hash=_agreed("corpus", self.corpus_hash, other.corpus_hash),
             order_hash=_agreed("order", self.order_hash, other.order_hash),
+            spared=np.union1d(self.spared, other.spared),
             source={**self.source, **other.source},
             name=f"{self.name}+{other.name}",
         )
@@ -133,7 +137,7 @@ class Plan:
         Each treated sample is given one stand-in, the same in every operation, so counts per
         operation and overlaps between operations (mask and insert of the same samples) match. The
         seed of the places stays: with the same ``shift`` insertions, treated and control samples
-        take the same places.
+        take the same places. For ``replace`` use :meth:`with_random_control`.
 
         Args:
             pool_ids: the samples to draw from, usually those that the base run saw in the window.
@@ -163,6 +167,24 @@ class Plan:
             name=f"{self.name}-random",
         )
 
+    def with_random_control(
+        self, pool_ids: ArrayLike, seed: int, *, exclude: ArrayLike | None = None
+    ) -> tuple[Plan, Plan]:
+        """This plan and its random control, each sparing the samples that the other treats.
+
+        With ``replace``, an insertion takes out base samples. Left to itself it would take out some
+        of the samples that the *other* plan treats and none of its own, and part of the difference
+        between the two would be that removal. Sparing both sets, the two plans take the same
+        places and leave the same base samples standing.
+
+        Args, Raises: as for :meth:`random_control`.
+        """
+        control = self.random_control(pool_ids, seed, exclude=exclude)
+        both = np.union1d(self.treated_ids, control.treated_ids)
+        treated = dataclasses.replace(self, spared=np.union1d(self.spared, both))
+        source = {**control.source, "control_of": treated.content_hash}
+        return treated, dataclasses.replace(control, spared=treated.spared, source=source)
+
     @property
     def content_hash(self) -> str:
         """SHA-256 over everything that decides the stream; ``source`` and ``name`` do not."""
@@ -171,6 +193,7 @@ class Plan:
             json.dumps(settings),
             self.corpus_hash or "",
             self.order_hash or "",
+            self.spared,
         ]
         for op in self.operations:
             described = op.describe() | {"sample_ids": None}
@@ -187,6 +210,7 @@ class Plan:
             "corpus_hash": self.corpus_hash,
             "order_hash": self.order_hash,
             "seed": self.seed,
+            "spared": self.spared.tolist(),
             "source": dict(self.source),
             "operations": [op.describe() for op in self.operations],
         }
@@ -217,6 +241,7 @@ class Plan:
             seed=value["seed"],
             corpus_hash=value["corpus_hash"],
             order_hash=value["order_hash"],
+            spared=np.asarray(value["spared"], dtype=np.int64),
             source=value["source"],
             name=value["name"],
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,19 +103,25 @@ class _HeadMechanism:
             values["token_ids"] = {"first": ids[0], "last": ids[-1]}
         return values
 
-    def with_token_ids(self, token_ids: list[int]) -> Any:
+    def with_token_ids(self, token_ids: list[int]) -> Self:
         return replace(self, token_ids=tuple(int(i) for i in token_ids), _built={})
 
     def _draw(self, kind: str, build: Callable[..., ProbeSet], model: PreTrainedModel) -> ProbeSet:
-        ids = self.token_ids or tuple(real_token_ids(model).tolist())
-        key = (kind, ids)
+        # Without given ids they follow from the vocabulary's size; no need to list them each time.
+        key = (kind, self.token_ids or int(model.config.vocab_size))
         if key not in self._built:
-            self._built[key] = build(ids)
+            self._built[key] = build(self.token_ids or tuple(real_token_ids(model).tolist()))
         return self._built[key]
 
     def _measure(self, probes: ProbeSet, model: PreTrainedModel) -> UnitScores:
         layout = describe(model)
-        metric = AttentionScore(probes, n_layers=layout.n_layers, n_heads=layout.n_heads)
+        # Every rank measures the same sequences: added up, they would count twice.
+        metric = AttentionScore(
+            probes,
+            n_layers=layout.n_layers,
+            n_heads=layout.n_heads,
+            sync_on_compute=False,
+        )
         metric.update(model)
         return metric.compute()
 

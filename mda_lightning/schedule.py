@@ -119,7 +119,7 @@ class Schedule:
         self._replaced_at, self._replaced_ids = _replaced(
             order,
             [(key, op) for key, op in inserts if op.placement == "replace"],
-            self.plan.treated_ids,
+            np.union1d(self.plan.treated_ids, self.plan.spared),
         )
         self._block_steps = max(1, _SAMPLES_PER_BLOCK // order.batch_size)
         self._blocks: dict[int, ScheduledBatch] = {}
@@ -269,21 +269,21 @@ def _shifted(
 
 
 def _replaced(
-    order: BaseOrder, inserts: list[tuple[np.uint64, Insert]], treated: NDArray[np.int64]
+    order: BaseOrder, inserts: list[tuple[np.uint64, Insert]], spared: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Base positions (ascending) and ids of what is inserted with ``replace``.
 
-    Places of treated samples are left alone: an insertion must not undo a mask, nor take out what
-    it is meant to add.
+    Places of spared samples are left alone. The treated ones are among them: an insertion must not
+    undo a mask, nor take out what it is meant to add.
     """
     taken, ids = np.empty(0, np.int64), np.empty(0, np.int64)
     for key, op in inserts:
         start, end = _positions(order, op.steps)
         positions = np.arange(start, end, dtype=np.int64)
-        free = ~_find(treated, order.at(positions))[1] & ~np.isin(positions, taken)
+        free = ~_find(spared, order.at(positions))[1] & ~np.isin(positions, taken)
         if op.mode == "dispersed":
-            # Ranks are drawn before the occupied places are left out, so that a plan and its random
-            # control take almost the same places.
+            # Ranks are drawn before the spared places are left out, so that plans that spare the
+            # same samples take the same places.
             ranked = keyed_order(key ^ key_of("places"), len(positions))
             ranked = ranked[free[ranked]]
         else:
@@ -291,7 +291,7 @@ def _replaced(
         if len(ranked) < op.count:
             raise ValueError(
                 f"{op.count} insertions by replacement do not fit into steps {op.steps}: "
-                f"{len(ranked)} of its {len(positions)} places hold no treated sample; insert "
+                f"{len(ranked)} of its {len(positions)} places hold no spared sample; insert "
                 "fewer, widen the window or use placement='shift'"
             )
         taken = np.concatenate([taken, start + np.sort(ranked[: op.count])])

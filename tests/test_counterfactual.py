@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from mda_lightning.cli import EXIT_ERROR, main
 from mda_lightning.corpora import TokenRows
@@ -24,6 +25,7 @@ from mda_lightning.recipes.settings import (
     StudySettings,
     TrainingSettings,
 )
+from mda_lightning.schedule import BASE, BaseOrder, Schedule
 from mda_lightning.store import ScoreTable
 
 # A previous-token head forms within some hundred steps, which an induction head does not.
@@ -106,6 +108,42 @@ def test_plans_treat_the_top_share_and_controls_match(study: Path) -> None:
         assert np.isin(control.treated_ids, ids).all()
         threshold = scores[np.isin(ids, top.treated_ids)].min()
         assert (scores[~np.isin(ids, top.treated_ids)] <= threshold + 1e-6).all()
+
+
+def test_insertion_and_its_control_take_the_same_places(study: Path, corpus: TokenRows) -> None:
+    """Else the control would take out some of the top samples, and be a mask besides."""
+    seed = _seed(study)
+    order = BaseOrder(len(corpus), SMALL.training.batch_size, SMALL.training.max_steps, 0)
+    kept = {}
+    for name in ("insert-top", "insert-random"):
+        schedule = Schedule(order, Plan.load(study / "seed-0" / "plans" / f"{name}.json"))
+        kept[name] = []
+        for step in range(seed["window"]["start"], seed["window"]["end"]):
+            batch = schedule.batch(step)
+            base = batch.provenance == BASE
+            kept[name].append(np.where(base, batch.sample_ids, -1))
+    np.testing.assert_array_equal(kept["insert-top"], kept["insert-random"])
+    assert (np.array(kept["insert-top"]) == -1).any()
+
+
+def test_two_processes_cannot_work_in_one_folder(study: Path, corpus: TokenRows) -> None:
+    with FileLock(study / ".lock"), pytest.raises(StudyFolderError, match="another process"):
+        Study(study, SMALL, (0,), corpus.folder).run()
+
+
+def test_another_way_of_logging_keeps_what_is_finished(study: Path, corpus: TokenRows) -> None:
+    states = []
+    again = Study(
+        study.parent / "." / study.name,
+        SMALL,
+        (0,),
+        corpus.folder,
+        wandb="offline",
+        watch=lambda job, _, s: states.append(s),
+    )
+    again.run()
+    assert states == ["kept"] * 5
+    assert _seed(study)["status"] == "complete"
 
 
 def test_scores_cover_every_sample_of_the_window(study: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mda_lightning.interventions import Insert, Mask, Plan
-from mda_lightning.schedule import INSERTED, BaseOrder, Schedule, ScheduledBatch, StreamDigest
+from mda_lightning.schedule import BASE, INSERTED, BaseOrder, Schedule, ScheduledBatch, StreamDigest
 
 orders = st.builds(
     BaseOrder,
@@ -355,3 +355,21 @@ def test_a_schedule_over_the_whole_pile_costs_no_memory() -> None:
     assert len(np.unique(schedule.batch(142_999).sample_ids)) == 1024
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 40))
+def test_a_replacement_and_its_control_leave_the_same_base_samples(seed: int, n: int) -> None:
+    """Each spares what the other treats, so neither removes treated samples of the other."""
+    order = BaseOrder(400, 8, 60, seed=seed)
+    pool = np.unique(np.concatenate([order.ids(step) for step in range(10, 40)]))
+    ids = pool[:n]
+    plan = Plan.insert(ids, steps=(10, 40), placement="replace").bound(seed=seed)
+    treated, control = plan.with_random_control(pool, seed=seed + 1)
+    standing = []
+    for one in (treated, control):
+        batches = [Schedule(order, one).batch(step) for step in range(10, 40)]
+        standing.append([np.where(b.provenance == BASE, b.sample_ids, -1) for b in batches])
+        assert sum((b.provenance == INSERTED).sum() for b in batches) == n
+    np.testing.assert_array_equal(*standing)
+    both = np.union1d(treated.treated_ids, control.treated_ids)
+    assert np.isin(both, np.concatenate(standing[0])).all()

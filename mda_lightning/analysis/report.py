@@ -80,7 +80,7 @@ def build_report(study_folder: str | Path) -> Path:
             main=main,
             controls=controls,
             unpaired=_unpaired(study, main, controls),
-            lost=[seed for seed in study.seeds if seed.window.start is None],
+            lost=[seed for seed in study.seeds if seed.without_window],
             notes=notes,
             main_figures=main_figures,
             heatmaps=heatmaps,

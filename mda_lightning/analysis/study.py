@@ -105,6 +105,11 @@ class SeedRun:
     arms: dict[str, Arm]
     measured_at: tuple[int, ...]
 
+    @property
+    def without_window(self) -> bool:
+        """Whether the base run ended without a closed window, so that no arm could branch."""
+        return self.status == "no_window" or self.window.start is None
+
 
 @dataclass(frozen=True)
 class Study:

@@ -144,7 +144,7 @@ def doubts(study: Study, influences: Sequence[SeedInfluence]) -> list[str]:
             f"{len(main)} comparisons, each with its own 95% interval and no correction for there "
             "being several."
         )
-    lost = [seed for seed in study.seeds if seed.window.start is None]
+    lost = [seed for seed in study.seeds if seed.without_window]
     if lost and len(lost) < len(study.seeds):
         found.append(
             f"{plural(len(lost), 'seed')} found no window and count in no comparison: the results "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -64,6 +66,17 @@ def is_rehearsal(trainer: pl.Trainer) -> bool:
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """All callbacks, in the order in which they act."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def warn_of_other_folder(who: str, former: str, now: Path | None) -> None:
+    """Say that a resumed run writes elsewhere than the run it goes on from."""
+    if now is not None and former not in ("None", str(now)):
+        warnings.warn(
+            f"{who}: the checkpoint's run wrote to {former}, this one writes to {now}; what the "
+            f"former left there (checkpoints, rows) is not taken up. Give folder={former!r} to go "
+            "on with it",
+            stacklevel=3,
+        )
 
 
 def state_key(name: str, arguments: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from mda_lightning.callbacks.attachment import (
     check_strategy,
     is_rehearsal,
     state_key,
+    warn_of_other_folder,
 )
 from mda_lightning.callbacks.checkpoint_ring import CheckpointRing
 from mda_lightning.callbacks.loggers import alert, log_scalars, run_folder
@@ -143,6 +144,7 @@ class CriticalWindow(pl.Callback):
             return dict(self._saved or {})
         return {
             "schema_version": 1,
+            "folder": str(self.folder),
             "ring": list(self._ring.steps),
             "kept": {str(edge): step for edge, step in self._kept.items()},
             **self.follower.state_dict(),
@@ -152,6 +154,7 @@ class CriticalWindow(pl.Callback):
         if self.follower is None:
             self._saved = state_dict
         elif state_dict:
+            warn_of_other_folder("CriticalWindow", state_dict["folder"], self.folder)
             self.follower.load_state_dict(state_dict)
             self._ring.restore(state_dict["ring"], now=self.follower.last_step)
             self._kept = {

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import describe, find_language_model
@@ -18,6 +17,7 @@ from mda_lightning.callbacks.attachment import (
     check_strategy,
     is_rehearsal,
     state_key,
+    warn_of_other_folder,
 )
 from mda_lightning.callbacks.batch_fields import BatchFields, HeldBatch
 from mda_lightning.callbacks.critical_window import CriticalWindow
@@ -34,12 +34,14 @@ from mda_lightning.callbacks.scoring_needs import (
     check_replay,
     check_setup,
     monitor_before,
+    to_summed_loss,
     window_before,
 )
 from mda_lightning.callbacks.when import Active, When
 from mda_lightning.callbacks.window_follower import Edge, Phase
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.curvature import Fisher
+from mda_lightning.influence import weights_hash
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head, parse_unit
 
@@ -166,12 +168,16 @@ class InfluenceScoring(pl.Callback):
             "schema_version": 1,
             "recent": self._recent.state(),
             "refreshes": [dict(one) for one in self._refreshes],
+            "curvature": dict(self._curvature),
             "done": self._done,
+            "folder": str(self.folder),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent.restore(state_dict["recent"])
         self._refreshes = [dict(one) for one in state_dict["refreshes"]]
+        self._curvature = dict(state_dict["curvature"])
+        warn_of_other_folder("InfluenceScoring", state_dict["folder"], self.folder)
         self._done = bool(state_dict["done"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -232,10 +238,13 @@ class InfluenceScoring(pl.Callback):
             if self._when.is_over(step, self._phase):
                 self._scorer.remove()
             return
-        if trainer.strategy.reduce_boolean_decision(self._is_due(step), all=False):
+        last = self._refreshes[-1] if self._refreshes and self._scorer.ready else None
+        due = self._recent.is_due(step, last=last, every=self._refresh_every)
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._refresh(trainer, pl_module, step)
-        self._batch = self._fields.read(batch)
-        self._scorer.start()
+        if self._scorer.ready:
+            self._batch = self._fields.read(batch)
+            self._scorer.start()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rows are complete here, before any callback may save a checkpoint of this step."""
@@ -243,9 +252,8 @@ class InfluenceScoring(pl.Callback):
         if batch is None:
             return
         assert self._scorer is not None and self._rows is not None
-        scored = self._scorer.collect(
-            batch.tokens, batch.weights, factor=self._to_summed_loss(trainer, batch.tokens)
-        )
+        factor = to_summed_loss(trainer, batch.tokens, reduction=self._loss_reduction)
+        scored = self._scorer.collect(batch.tokens, batch.weights, factor=factor)
         if scored is None:
             raise UnsupportedTrainerError(
                 f"step {trainer.global_step} left no gradient at the heads of "
@@ -292,33 +300,25 @@ class InfluenceScoring(pl.Callback):
     def _phase(self) -> Phase:
         return "before" if self._window is None else self._window.phase
 
-    def _is_due(self, step: int) -> bool:
-        assert self._scorer is not None
-        if not self._scorer.ready or not self._refreshes:
-            return True
-        last = self._refreshes[-1]
-        if last["n_sequences"] < self._n_curvature and self._recent.full:
-            return bool(step > last["step"])
-        return bool(step - last["step"] >= self._refresh_every)
-
     def _refresh(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         assert self._scorer is not None and self._model is not None and self._rows is not None
         batches = self._recent.batches()
+        if not batches:
+            return  # nothing but masked samples so far
         if trainer.world_size > 1:
             batches = trainer.strategy.broadcast(batches)  # one curvature for all ranks
         with probe_scope(self._model):
             self._curvature = self._scorer.refresh(batches, self._settings)
-        self._refreshes.append({"step": step, "n_sequences": sum(map(len, batches))})
+        self._refreshes.append(
+            {
+                "step": step,
+                "n_sequences": sum(map(len, batches)),
+                "n_held": self._recent.n_held,
+                "weights_hash": weights_hash(self._model),
+            }
+        )
         scored = {f"{self._mechanism.name}/scored": float(self._rows.n_held)}
         log_scalars(trainer, module, scored, step=step, monitorable=True)
-
-    def _to_summed_loss(self, trainer: pl.Trainer, tokens: torch.Tensor) -> float:
-        """What the loss that was differentiated must be multiplied by to be a sum over tokens."""
-        factor = float(trainer.accumulate_grad_batches)
-        if self._loss_reduction == "mean":
-            factor *= len(tokens) * (tokens.shape[1] - 1)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return factor if scaler is None else factor / float(scaler.get_scale())
 
     def _write_in_run(self, trainer: pl.Trainer) -> None:
         assert self._rows is not None
@@ -357,11 +357,11 @@ class InfluenceScoring(pl.Callback):
 
     def _replay(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._model is not None and self._window is not None
-        self._done = True
         found, kept = self._window.window, self._window.checkpoints
         usable = [edge for edge in self._replay_at if edge in kept]
         if found is None or found[1].end_reason == "lapsed" or not usable:
             warn_of_nothing("the run has no window with checkpoints", "window.json says why")
+            self._done = True
             return
         unit, window = found
         if self._only_target:
@@ -382,6 +382,7 @@ class InfluenceScoring(pl.Callback):
             )
         if trainer.is_global_zero:
             self._write(trainer, rows, facts)
+        self._done = True  # only now: interrupted before, a resumed run scores again
 
     def _write(self, trainer: pl.Trainer, rows: RowBlock, facts: dict[str, Any]) -> None:
         assert self.folder is not None

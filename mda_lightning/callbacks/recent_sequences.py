@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -32,6 +33,19 @@ class RecentSequences:
     @property
     def full(self) -> bool:
         return self.n_held >= self.size
+
+    def is_due(self, step: int, *, last: Mapping[str, int] | None, every: int) -> bool:
+        """Whether the curvature is to be estimated anew at ``step``.
+
+        Args:
+            last: the last refresh: its ``step``, and ``n_held`` sequences held then; None before.
+            every: steps between refreshes. The first one with a full set does not wait so long.
+        """
+        if last is None:
+            return True
+        if last["n_held"] < self.size and self.full:
+            return step > last["step"]
+        return step - last["step"] >= every
 
     def batches(self) -> list[Tensor]:
         """The newest ``size`` sequences, less those of weight 0: nothing is trained on them."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from mda_lightning.callbacks.attachment import UnsupportedTrainerError, callbacks_before
 from mda_lightning.callbacks.critical_window import CriticalWindow
@@ -98,3 +99,20 @@ def check_not_compiled(module: pl.LightningModule) -> None:
                 f"{type(part).__name__} is compiled, and compiled code ignores the hooks by which "
                 "in-run scoring listens; train without torch.compile, or use estimator='replay'"
             )
+
+
+def to_summed_loss(
+    trainer: pl.Trainer, tokens: Tensor, *, reduction: Literal["mean", "sum"]
+) -> float:
+    """What the loss that was differentiated must be multiplied by to be a sum over positions.
+
+    Args:
+        trainer: its gradient accumulation divides the loss, and its scaler multiplies it.
+        tokens: the batch [B, T+1].
+        reduction: how the loss is made of token losses.
+    """
+    factor = float(trainer.accumulate_grad_batches)
+    if reduction == "mean":
+        factor *= len(tokens) * (tokens.shape[1] - 1)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return factor if scaler is None else factor / float(scaler.get_scale())

@@ -36,7 +36,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class WindowData:
-    """The samples that a run trained on in steps [start, end).
+    """The samples that a run trained on in steps [start, end), less those masked to weight 0.
 
     Attributes:
         sample_id, step: int64 [N], in the order of the stream.
@@ -48,8 +48,11 @@ class WindowData:
 
     @classmethod
     def read(cls, rows: Rows, stream: Stream, *, start: int, end: int) -> WindowData:
-        ids = [np.asarray(stream.batch(step)[0], np.int64) for step in range(start, end)]
-        steps = [np.full(len(own), step) for own, step in zip(ids, range(start, end), strict=True)]
+        ids, steps = [], []
+        for step in range(start, end):
+            batch = stream.batch(step)
+            ids.append(np.asarray(batch.sample_ids, np.int64)[batch.weights > 0])
+            steps.append(np.full(len(ids[-1]), step))
         if not ids:
             raise ValueError(f"the window {start} to {end} holds no step")
         return cls(rows, np.concatenate(ids), np.concatenate(steps).astype(np.int64))
@@ -85,7 +88,7 @@ def load_from_checkpoint(
     """
     name = next(n for n, module in owner.named_modules() if module is live)
     prefix = f"{name}." if name else ""
-    saved: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=False)[
+    saved: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)[
         "state_dict"
     ]
     own = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from mda_lightning.corpora import TokenRows, embedded_corpus, rows_from_folder, rows_from_jsonl
+from mda_lightning.files import atomic_path
 
 Source = Literal["embedded", "text", "jsonl"]
 
@@ -41,15 +43,17 @@ def make_corpus(
         raise FileExistsError(f"{folder} exists and is not empty; name another corpus folder")
     size = vocab_size or 512
     if source == "embedded":
-        kept = embedded_corpus(
-            folder.parent / ".building",
-            row_length=sequence_length + 1,
-            vocab_size=size,
-            progress=progress,
-        )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(kept.folder, folder)
-        shutil.rmtree(folder.parent / ".building", ignore_errors=True)
+        if source_path is not None or tokenizer is not None:
+            raise ValueError("'embedded' takes no --input and no --tokenizer: it makes both")
+        with atomic_path(folder) as part:
+            kept = embedded_corpus(
+                part.with_name(f"{part.name}.building"),
+                row_length=sequence_length + 1,
+                vocab_size=size,
+                progress=progress,
+            )
+            os.replace(kept.folder, part)
+            shutil.rmtree(kept.folder.parent, ignore_errors=True)
         return TokenRows.open(folder)
     if source_path is None:
         raise ValueError(f"'{source}' needs --input, the text to read")

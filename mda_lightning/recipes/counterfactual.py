@@ -11,24 +11,27 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from mda_lightning import __version__
 from mda_lightning.corpora import TokenRows
-from mda_lightning.files import read_json, write_json
+from mda_lightning.files import atomic_path, read_json, write_json
 from mda_lightning.interventions import Plan
 from mda_lightning.mechanisms import mechanism
 from mda_lightning.recipes.jobs import Job, Watch, run_jobs
 from mda_lightning.recipes.settings import StudySettings
 from mda_lightning.schedule import BaseOrder
 from mda_lightning.store import ScoreTable
+from mda_lightning.window_rule import WindowRule
 
 SCHEMA_VERSION = 1
 _BRANCHED = ("mask-top", "mask-random", "insert-top", "insert-random")
@@ -73,14 +76,15 @@ class Study:
         self._seeds: dict[int, dict[str, Any]] = {}
         self._peaks: list[int] = []
         self._started = time.monotonic()
-        self._claim_folder()
-        run_jobs(
-            [self._base_job(seed) for seed in self.seeds],
-            max_parallel=self.max_parallel,
-            then=self._after,
-            watch=self.watch,
-        )
-        return self._write()
+        with self._alone():
+            self._claim_folder()
+            run_jobs(
+                [self._base_job(seed) for seed in self.seeds],
+                max_parallel=self.max_parallel,
+                then=self._after,
+                watch=self.watch,
+            )
+            return self._write()
 
     # -- jobs ---------------------------------------------------------------------------------
 
@@ -89,15 +93,23 @@ class Study:
             "base",
             f"seed {seed}: base run",
             self.folder / f"seed-{seed}" / "base",
-            self._common(seed, "base"),
+            self._spec(seed, "base"),
+            self._identity(seed),
         )
 
-    def _common(self, seed: int, name: str) -> dict[str, Any]:
+    def _identity(self, seed: int) -> dict[str, Any]:
+        return {
+            "settings": self.settings.to_dict(),
+            "seed": seed,
+            "corpus_hash": self.rows.content_hash,
+            "versions": _versions(),
+        }
+
+    def _spec(self, seed: int, name: str) -> dict[str, Any]:
         return {
             "settings": self.settings.to_dict(),
             "seed": seed,
             "corpus": str(self.corpus),
-            "corpus_hash": self.rows.content_hash,
             "wandb": self.wandb,
             "wandb_project": "mda-lightning",
             "group": self.folder.name,
@@ -111,7 +123,11 @@ class Study:
         self.timings[job.title] = float(result["seconds"])
         arms: list[Job] = []
         if job.kind == "base":
+            former = self._seeds.get(seed, {})
             self._seeds[seed] = self._describe(seed, job, result)
+            if former.get("window") == self._seeds[seed]["window"]:
+                # Finished arms stay in the study while they are looked up again.
+                self._seeds[seed]["arms"] = former["arms"]
             if self._seeds[seed]["status"] == "running":
                 arms = self._arm_jobs(seed, job, result["window"])
         else:
@@ -134,6 +150,13 @@ class Study:
         if report["status"] != "closed":
             message = f"{report['message']}; training stopped at step {result['stopped_at']}"
             return entry | {"status": "no_window", "message": message}
+        if not {"start", *self.settings.scoring.replay_at} <= set(report["checkpoints"]):
+            message = (
+                f"{report['message']}; but a checkpoint at its edges could not be written (is the "
+                "disk full?): only "
+                f"{', '.join(report['checkpoints']) or 'none'} was kept, so no arm can branch"
+            )
+            return entry | {"status": "no_window", "message": message}
         return entry | {
             "status": "running",
             "message": "",
@@ -144,6 +167,11 @@ class Study:
         }
 
     def _measured_at(self, end: int) -> list[int]:
+        """The last evaluations up to the window's end, the same for every arm.
+
+        With ``shift`` the insertion arms are judged there too, having seen less of the window's
+        base data by then, as their control has.
+        """
         monitor = self.settings.monitor
         last = end - end % monitor.every_n_steps
         return [
@@ -159,14 +187,14 @@ class Study:
         for name, plan in plans.items():
             path = self.folder / f"seed-{seed}" / "plans" / f"{name}.json"
             plan.save(path)
-            spec = self._common(seed, name) | {
+            spec = self._spec(seed, name) | {
                 "plan": str(path),
-                "plan_hash": plan.content_hash,
                 "checkpoint": str(base.folder / report["checkpoints"]["start"]),
                 "end": steps[1],
             }
+            identity = self._identity(seed) | {"plan_hash": plan.content_hash, "end": steps[1]}
             folder = self.folder / f"seed-{seed}" / "arms" / name
-            jobs.append(Job("arm", f"seed {seed}: {name}", folder, spec))
+            jobs.append(Job("arm", f"seed {seed}: {name}", folder, spec, identity))
         return jobs
 
     def _plans(self, seed: int, base: Job, unit: str, steps: tuple[int, int]) -> dict[str, Plan]:
@@ -193,12 +221,30 @@ class Study:
         insert = Plan.insert(
             top, mode=what.mode, steps=steps, placement=what.placement, copies=what.copies
         ).bound(**bind, name="insert-top")
+        insert, insert_control = insert.with_random_control(pool, seed=seed + 2_000_003)
         return {
             "mask-top": mask,
             "mask-random": mask.random_control(pool, seed=seed + 1_000_003),
             "insert-top": insert,
-            "insert-random": insert.random_control(pool, seed=seed + 2_000_003),
+            "insert-random": insert_control,
         }
+
+    # -- the folder ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the folder's lock: jobs empty their folders before they start."""
+        with atomic_path(self.folder / ".writable") as probe:
+            probe.touch()  # an unwritable folder is an error that names it, not a failing lock
+        (self.folder / ".writable").unlink()
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise StudyFolderError(
+                f"another process is working in {self.folder}; wait for it, stop it, or give "
+                "another folder"
+            ) from error
 
     # -- study.json ---------------------------------------------------------------------------
 
@@ -206,16 +252,26 @@ class Study:
         path = self.folder / "study.json"
         if path.is_file():
             former = read_json(path)
-            if former.get("settings_hash") != self.settings.content_hash:
-                raise StudyFolderError(
-                    f"{self.folder} holds a study of other settings "
-                    f"({str(former.get('settings_hash'))[:12]}, these are "
-                    f"{self.settings.content_hash[:12]}); give another folder, or remove this one"
-                )
+            self._refuse_another(former)
             self._created = str(former["created"])
+            self.timings = {k: v for k, v in former["timings"].items() if k != "total"}
+            self._seeds = {int(seed["seed"]): seed for seed in former["seeds"]}
         else:
             self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._write()
+
+    def _refuse_another(self, former: dict[str, Any]) -> None:
+        made = former["provenance"]
+        for what, theirs, ours in (
+            ("settings", former["settings_hash"], self.settings.content_hash),
+            ("corpus", made["corpus_hash"], self.rows.content_hash),
+            ("package versions", made["versions"], _versions()),
+        ):
+            if theirs != ours:
+                raise StudyFolderError(
+                    f"{self.folder} holds a study of other {what} ({_short(theirs)}, these are "
+                    f"{_short(ours)}); give another folder, or start over with --fresh"
+                )
 
     def _write(self) -> Path:
         of = mechanism(self.settings.mechanism, token_ids=self.rows.token_ids.tolist())
@@ -237,7 +293,8 @@ class Study:
                 "timings": {"total": time.monotonic() - self._started} | self.timings,
                 # The largest processes at once, at most: each one's own peak, added up.
                 "peak_memory_bytes": sum(peaks),
-                "seeds": [self._seeds[seed] for seed in self.seeds if seed in self._seeds],
+                "window_rule": WindowRule().settings(),
+                "seeds": [self._seeds[seed] for seed in sorted(self._seeds)],
             },
         )
 
@@ -245,15 +302,21 @@ class Study:
         return Path(os.path.relpath(path, self.folder)).as_posix()
 
 
+def _versions() -> dict[str, str]:
+    """The versions that decide what a run computes."""
+    names = ("torch", "lightning", "transformers", "numpy")
+    return {"mda_lightning": __version__, **{name: version(name) for name in names}}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in sorted(value.items()))
+    return str(value)[:12]
+
+
 def _provenance() -> dict[str, Any]:
-    packages = {"mda_lightning": __version__}
-    for name in ("torch", "lightning", "transformers", "numpy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "absent"
     return {
-        "versions": packages,
+        "versions": _versions(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -7,6 +7,7 @@ script could not do.
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,6 @@ def run_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 def run_arm(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train from a checkpoint of the base run to the window's end, under a plan.
 
-    Insertions with ``shift`` add steps; the arm then runs on until the base data of the window has
-    been trained on as well.
-
     Returns:
         The last step.
     """
@@ -79,11 +77,10 @@ def run_arm(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows = TokenRows.open(spec["corpus"])
     plan = Plan.load(spec["plan"]) if spec["plan"] else None
     data = _data(settings, rows, seed, plan=plan)
-    extra = len(data.schedule) - data.schedule.order.n_steps
     trainer = _trainer(
         folder,
         spec,
-        max_steps=int(spec["end"]) + extra,
+        max_steps=int(spec["end"]),
         callbacks=[_monitored(settings, rows, folder)],
     )
     trainer.fit(_module(settings, rows, seed), datamodule=data, ckpt_path=spec["checkpoint"])
@@ -97,6 +94,7 @@ class ProgressFile(pl.Callback):
         self._path = folder / "progress.json"
         self._title, self._metric = title, metric
         self._due = 0.0
+        self._parent = os.getppid()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -105,6 +103,8 @@ class ProgressFile(pl.Callback):
         if now < self._due:
             return
         self._due = now + _PROGRESS_SECONDS
+        if os.getppid() != self._parent:
+            raise SystemExit("the process that waits for this one is gone")
         best = trainer.callback_metrics.get(f"{self._metric}/max")
         remark = "" if best is None or math.isnan(float(best)) else f"highest {float(best):.2f}"
         write_json(

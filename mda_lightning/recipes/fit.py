@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningCLI
@@ -35,6 +36,8 @@ def fit(arguments: Sequence[str]) -> None:
     Callbacks are given in the file: ``trainer.callbacks`` takes their class paths, and a further
     file appends to the list with ``callbacks+``.
     """
+    # The command hands over its own arguments, which LightningCLI takes for a mistake.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     FitCLI(
         PythiaModule,
         TokenDataModule,

@@ -1,7 +1,7 @@
 """Training runs in parallel processes of one thread each, resumable, with live progress.
 
 A job is a folder with a ``job.json``; its process writes ``progress.json`` now and then, its output
-to ``log.txt``, and at the end ``done.json``. A finished job with the same specification is not run
+to ``log.txt``, and at the end ``done.json``. A finished job with the same identity is not run
 again; an unfinished one starts over in an emptied folder, so nothing half-written is read back.
 """
 
@@ -45,19 +45,23 @@ class Job:
         title: for people.
         folder: where it works; nothing else writes there.
         spec: JSON values, all that the job needs to know.
+        identity: the part of it that determines the result, JSON values. Where files lie and how a
+            run is logged is no part of it, so that neither makes a finished job run again.
     """
 
     kind: str
     title: str
     folder: Path
     spec: dict[str, Any]
+    identity: dict[str, Any]
 
     @property
     def content_hash(self) -> str:
-        return sha256_of(self.kind, json.dumps(self.spec, sort_keys=True))
+        """SHA-256 over the kind and the identity."""
+        return sha256_of(self.kind, json.dumps(self.identity, sort_keys=True))
 
     def result(self) -> dict[str, Any] | None:
-        """What the job returned, or None if it has not finished with this specification."""
+        """What the job returned, or None if it has not finished with this identity."""
         path = self.folder / "done.json"
         if not path.is_file():
             return None
@@ -113,7 +117,8 @@ def run_jobs(
         results[job.folder] = result
         if watch is not None:
             watch(job, None, state)
-        waiting.extend(then(job, result) if then is not None else ())
+        # First: a seed's arms before the next seed's base run, so that a study is of whole seeds.
+        waiting[:0] = then(job, result) if then is not None else ()
 
     try:
         while waiting or running:

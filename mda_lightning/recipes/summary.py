@@ -17,8 +17,8 @@ def summary_lines(folder: Path) -> list[str]:
 
 
 def _seed_line(seed: SeedRun) -> str:
-    if seed.window.end is None or seed.target is None:
-        return f"seed {seed.seed}: no window: {seed.message}"
+    if seed.without_window:
+        return f"seed {seed.seed}: {seed.message}"
     arms = ", ".join(f"{arm.name} {arm.value:.3f}" for arm in seed.arms.values() if arm.value)
     return (
         f"seed {seed.seed}: {seed.target} formed in steps {seed.window.start}-{seed.window.end}; "
