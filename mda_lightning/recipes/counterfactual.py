@@ -27,6 +27,7 @@ from mda_lightning.corpora import TokenRows
 from mda_lightning.files import atomic_path, read_json, write_json
 from mda_lightning.interventions import Plan
 from mda_lightning.mechanisms import mechanism
+from mda_lightning.recipes.job import peak_memory_bytes
 from mda_lightning.recipes.jobs import Job, Watch, run_jobs
 from mda_lightning.recipes.settings import StudySettings
 from mda_lightning.schedule import BaseOrder
@@ -291,8 +292,8 @@ class Study:
                 "chance": of.chance,
                 "treated_fraction": self.settings.intervention.fraction,
                 "timings": {"total": time.monotonic() - self._started} | self.timings,
-                # The largest processes at once, at most: each one's own peak, added up.
-                "peak_memory_bytes": sum(peaks),
+                # An upper bound: this process and the largest ones at once, each at its own peak.
+                "peak_memory_bytes": peak_memory_bytes() + sum(peaks),
                 "window_rule": WindowRule().settings(),
                 "seeds": [self._seeds[seed] for seed in sorted(self._seeds)],
             },

@@ -47,7 +47,7 @@ class TrainingSettings:
     """The base run: it stops ``margin_steps`` after the window closes, or at ``max_steps``."""
 
     batch_size: int = 8
-    learning_rate: float = 1.5e-2
+    learning_rate: float = 1e-2
     schedule: Literal["constant", "wsd"] = "constant"
     warmup_steps: int = 50
     max_steps: int = 8000
