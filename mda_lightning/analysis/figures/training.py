@@ -201,6 +201,12 @@ def arm_curves(
         legend(ax, theme)
     for ax in axes:
         ax.set_ylim(lowest, highest * 1.06)
+    known = [(start, end) for start, end in windows if end is not None]
+    if known:
+        # Before the branch the arms are the base run; a third of a window of it is enough to see.
+        first, last = min(start for start, _ in known), max(end for _, end in known)
+        beyond = max(float(np.asarray(c.steps)[-1]) for c in curves)
+        axes[-1].set_xlim(first - (last - first) / 3, max(last, beyond) + (last - first) * 0.03)
     axes[-1].set_xlabel(
         "optimizer steps since the window's start" if relative else "optimizer steps completed"
     )
