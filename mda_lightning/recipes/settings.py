@@ -50,7 +50,7 @@ class TrainingSettings:
     learning_rate: float = 1e-2
     schedule: Literal["constant", "wsd"] = "constant"
     warmup_steps: int = 50
-    max_steps: int = 8000
+    max_steps: int = 12_000
     margin_steps: int = 0
 
 
