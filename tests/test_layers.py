@@ -17,7 +17,12 @@ PACKAGE = ROOT / "mda_lightning"
 
 #: Outermost last. A part imports parts before its own row, never one beside it or after it;
 #: whatever is not listed is the core, which imports none of these.
-OUTER_LAYERS = (("pretraining", "datamodules", "callbacks"), ("recipes",), ("cli", "__main__"))
+OUTER_LAYERS = (
+    ("pretraining", "datamodules", "callbacks"),
+    ("recipes",),
+    ("cli",),
+    ("__main__",),
+)
 
 #: The core's order where it has one. A part imports its own row or one before it.
 CORE_ORDER = (

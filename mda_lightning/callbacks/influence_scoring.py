@@ -123,6 +123,7 @@ class InfluenceScoring(pl.Callback):
             raise ValueError("refresh_every, n_curvature and replay_batch_size are at least 1")
         self.estimator = estimator
         self.folder: Path | None = None
+        self._former_folder: str | None = None  # of the run that is resumed
         self._given = mechanism
         self._mechanism = build_mechanism(mechanism, token_ids)
         self._token_ids = token_ids
@@ -170,14 +171,15 @@ class InfluenceScoring(pl.Callback):
             "refreshes": [dict(one) for one in self._refreshes],
             "curvature": dict(self._curvature),
             "done": self._done,
-            "folder": str(self.folder),
+            "folder": str(self.folder or self._former_folder),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent.restore(state_dict["recent"])
         self._refreshes = [dict(one) for one in state_dict["refreshes"]]
         self._curvature = dict(state_dict["curvature"])
-        warn_of_other_folder("InfluenceScoring", state_dict["folder"], self.folder)
+        self._former_folder = state_dict["folder"]
+        warn_of_other_folder("InfluenceScoring", self._former_folder, self.folder)
         self._done = bool(state_dict["done"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
