@@ -6,6 +6,7 @@ whose gradient influence scores project on. f is always higher-is-better.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -68,7 +69,7 @@ class Mechanism(Protocol):
 
 
 @dataclass(frozen=True)
-class _HeadMechanism:
+class _HeadMechanism(ABC):
     """Settings shared by the mechanisms of attention heads.
 
     Attributes:
@@ -77,6 +78,7 @@ class _HeadMechanism:
         seed, probe_seed: seeds of the two sets; they must differ, so that a sample is not scored by
             the sequences that later judge it.
         bos: a token put in front of every sequence, or None (default, SPEC §2).
+        length: shortest and longest sequence; what it counts is said by the mechanism.
         token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
             the model's configuration tells.
     """
@@ -87,6 +89,7 @@ class _HeadMechanism:
     probe_seed: int = 1
     bos: int | None = None
     token_ids: tuple[int, ...] | None = None
+    length: tuple[int, int] = (8, 20)
     _built: dict[Any, ProbeSet] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +108,18 @@ class _HeadMechanism:
 
     def with_token_ids(self, token_ids: list[int]) -> Self:
         return replace(self, token_ids=tuple(int(i) for i in token_ids), _built={})
+
+    @abstractmethod
+    def _probes(self, kind: str, ids: tuple[int, ...]) -> ProbeSet:
+        """The probe set of μ (kind "mu") or of f ("f")."""
+
+    @property
+    def chance(self) -> float:
+        # It depends on the lengths alone; without ids any as many as the longest sequence will do.
+        return self._probes("mu", self.token_ids or tuple(range(self.length[1]))).chance
+
+    def scores(self, model: PreTrainedModel) -> UnitScores:
+        return self._measure(self._draw("mu", partial(self._probes, "mu"), model), model)
 
     def _draw(self, kind: str, build: Callable[..., ProbeSet], model: PreTrainedModel) -> ProbeSet:
         # Without given ids they follow from the vocabulary's size; no need to list them each time.
@@ -168,13 +183,6 @@ class InductionHead(_HeadMechanism):
     def block_names(self) -> tuple[BlockName, ...]:
         return HEAD_BLOCKS if self.probe_function == "copy_logprob" else ("QK",)
 
-    @property
-    def chance(self) -> float:
-        return self._probes("mu", self.token_ids or tuple(range(self.length[1]))).chance
-
-    def scores(self, model: PreTrainedModel) -> UnitScores:
-        return self._measure(self._draw("mu", partial(self._probes, "mu"), model), model)
-
     def probe(self, model: PreTrainedModel) -> Tensor:
         probes = self._draw("f", partial(self._probes, "f"), model)
         if self.probe_function == "copy_logprob":
@@ -211,13 +219,6 @@ class PreviousTokenHead(_HeadMechanism):
     @property
     def block_names(self) -> tuple[BlockName, ...]:
         return ("QK",)
-
-    @property
-    def chance(self) -> float:
-        return self._probes("mu", self.token_ids or tuple(range(self.length[1]))).chance
-
-    def scores(self, model: PreTrainedModel) -> UnitScores:
-        return self._measure(self._draw("mu", partial(self._probes, "mu"), model), model)
 
     def probe(self, model: PreTrainedModel) -> Tensor:
         probes = self._draw("f", partial(self._probes, "f"), model)
