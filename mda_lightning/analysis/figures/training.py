@@ -192,11 +192,19 @@ def arm_curves(
                     )
             highest = max(highest, *(float(np.nanmax(np.asarray(c.values))) for c in mine))
         if measured_at:
-            middle = float(np.mean(measured_at))
+            # On the seeds' common axis each has a place of its own: at its window's end.
+            places = sorted(set(ends)) if relative and ends else [float(np.mean(measured_at))]
             ax.plot(
-                [middle], [0.0], marker="^", color=theme.ink, markersize=9, clip_on=False,
-                transform=ax.get_xaxis_transform(), zorder=5,
-            )  # fmt: skip
+                places,
+                [0.0] * len(places),
+                linestyle="",
+                marker="^",
+                color=theme.ink,
+                markersize=9,
+                clip_on=False,
+                transform=ax.get_xaxis_transform(),
+                zorder=5,
+            )
         ax.set_ylabel(f"{metric} score")
         legend(ax, theme)
     for ax in axes:
