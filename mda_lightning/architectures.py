@@ -1,19 +1,21 @@
-"""Where a unit's weights live in each model family: layouts as data, not as branches.
+"""Where a unit's weights live in a model, read from its family's row.
 
-A family is one :class:`Family` row in :data:`FAMILIES`. Everything else in the package asks a
+Families are data (:mod:`mda_lightning.families`). Everything else in the package asks a
 :class:`ModelLayout` and never looks at a model's attributes by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from mda_lightning.families import FAMILIES, Family
 from mda_lightning.units import Head
 
 BlockName = Literal["QK", "V", "O"]
@@ -24,69 +26,112 @@ class UnsupportedModelError(ValueError):
     """The model's family has no layout here, or no language model was found."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One model family.
+class Part(NamedTuple):
+    """Rows of one linear layer's weight ``[out, in]``."""
 
-    Attributes:
-        layers: dotted name of the list of layers, from the language model down.
-        qkv: dotted name of the fused query-key-value projection, from a layer down. Its output
-            rows are ``[heads, 3, head_dim]``, the three being Q, K and V.
-        output: dotted name of the attention's output projection, from a layer down. Its input
-            columns are ``[heads, head_dim]``.
-    """
-
-    layers: str
-    qkv: str
-    output: str
-
-
-FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(
-        layers="gpt_neox.layers", qkv="attention.query_key_value", output="attention.dense"
-    ),
-}
+    module: str
+    rows: slice
 
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of one Linear layer's weight ``[out, in]`` that belongs to a unit.
+    """Weights ``[rows, columns]`` of a unit: rows of linear layers with the same input, stacked.
 
     Attributes:
         name: "QK" (joint, Eq. 16), "V" or "O".
-        module: dotted name of the Linear, from the language model down.
-        rows: the output rows, as a slice.
-        columns: the input columns, as a slice.
+        parts: the rows, module by module; the dotted names are from the language model down.
+        columns: the input columns, the same in every part.
+        shared_with: heads whose queries read the same key and value rows (grouped queries); these
+            rows are then not this head's alone.
     """
 
     unit: Head
     name: BlockName
-    module: str
-    rows: slice
+    parts: tuple[Part, ...]
     columns: slice
+    shared_with: tuple[Head, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The linear layers that hold the parts, each once."""
+        return tuple(dict.fromkeys(part.module for part in self.parts))
+
+    @property
+    def output_key(self) -> str:
+        """Names the rows: equal for blocks of the same rows."""
+        return " ".join(f"{p.module}[{p.rows.start}:{p.rows.stop}]" for p in self.parts)
+
+    @property
+    def input_key(self) -> str:
+        """Names the input columns: equal for blocks of a layer that read the same ones."""
+        source = "output" if self.name == "O" else "attention"
+        return f"{self.unit.layer} {source}[{self.columns.start}:{self.columns.stop}]"
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, columns)`` of the block."""
-        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+        rows = sum(part.rows.stop - part.rows.start for part in self.parts)
+        return rows, self.columns.stop - self.columns.start
+
+    def of_output(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """The block's rows of its layers' outputs (or their gradients), [..., rows]."""
+        found = [outputs[part.module][..., part.rows] for part in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def of_input(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The block's columns of its layers' common input, [..., columns]."""
+        return inputs[self.parts[0].module][..., self.columns]
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """The shape of a causal language model and the places of its heads' weights."""
+    """The shape of a causal language model and the places of its heads' weights.
+
+    Attributes:
+        n_heads: query heads a layer; these are the units.
+        n_kv_heads: key and value heads a layer; fewer than ``n_heads`` with grouped queries.
+        parallel: whether attention and MLP read the same stream.
+    """
 
     family: Family
     model_type: str
     n_layers: int
     n_heads: int
+    n_kv_heads: int
     head_dim: int
     d_model: int
     vocab_size: int
+    parallel: bool
 
     @property
     def heads(self) -> list[Head]:
         """All heads, layer by layer."""
         return [Head(layer, h) for layer in range(self.n_layers) for h in range(self.n_heads)]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key and value head; 1 without grouped queries."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def entangled(self) -> int:
+        """How many neighbouring heads of a layer have patterns that depend on common weights."""
+        return self.n_heads if self.family.norms_across_heads else self.group_size
+
+    def group(self, unit: Head) -> tuple[Head, ...]:
+        """The heads that read the same keys and values as ``unit``, itself included."""
+        first = unit.head // self.group_size * self.group_size
+        return tuple(Head(unit.layer, first + i) for i in range(self.group_size))
+
+    @property
+    def sharing(self) -> str | None:
+        """A sentence on shared keys and values, or None where every head has its own."""
+        if self.group_size == 1:
+            return None
+        return (
+            f"grouped queries: {self.group_size} heads share each key and value head, so the key "
+            "and value weights of a head are its group's"
+        )
 
     def check(self, unit: Head) -> Head:
         """Return ``unit`` if this model has it.
@@ -105,42 +150,78 @@ class ModelLayout:
             )
         return unit
 
-    def qkv_name(self, layer: int) -> str:
-        """Dotted name of a layer's query-key-value projection."""
-        return f"{self.family.layers}.{layer}.{self.family.qkv}"
+    def layer_name(self, layer: int) -> str:
+        """Dotted name of a layer."""
+        return f"{self.family.layers}.{layer}"
+
+    def attention_name(self, layer: int) -> str:
+        """Dotted name of a layer's attention."""
+        return f"{self.layer_name(layer)}.{self.family.attention}"
 
     def output_name(self, layer: int) -> str:
         """Dotted name of a layer's attention output projection."""
-        return f"{self.family.layers}.{layer}.{self.family.output}"
+        return f"{self.attention_name(layer)}.{self.family.output}"
+
+    def head_columns(self, head: int) -> slice:
+        """A head's columns of the output projection's input."""
+        return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
     def block(self, unit: Head, name: BlockName) -> Block:
         """The place of one block of one head (Table 3; biases are not part of it)."""
         self.check(unit)
-        first = unit.head * 3 * self.head_dim
-        width = self.head_dim
-        everything = slice(0, self.d_model)
-        if name == "QK":
-            return Block(
-                unit, name, self.qkv_name(unit.layer), slice(first, first + 2 * width), everything
-            )
-        if name == "V":
-            rows = slice(first + 2 * width, first + 3 * width)
-            return Block(unit, name, self.qkv_name(unit.layer), rows, everything)
         if name == "O":
-            columns = slice(unit.head * width, (unit.head + 1) * width)
-            return Block(unit, name, self.output_name(unit.layer), everything, columns)
-        raise ValueError(f"{name!r} is not a block of a head; a head has {', '.join(HEAD_BLOCKS)}")
+            part = Part(self.output_name(unit.layer), slice(0, self.d_model))
+            return Block(unit, name, (part,), self.head_columns(unit.head))
+        if name not in HEAD_BLOCKS:
+            raise ValueError(
+                f"{name!r} is not a block of a head; a head has {', '.join(HEAD_BLOCKS)}"
+            )
+        parts = tuple(self._part(unit, kind) for kind in ("qk" if name == "QK" else "v"))
+        if len(parts) == 2 and parts[0].module == parts[1].module:
+            first, second = parts[0].rows, parts[1].rows
+            if first.stop == second.start:
+                parts = (Part(parts[0].module, slice(first.start, second.stop)),)
+        others = tuple(head for head in self.group(unit) if head != unit)
+        return Block(unit, name, parts, slice(0, self.d_model), others)
+
+    def _part(self, unit: Head, kind: str) -> Part:
+        place = {"q": self.family.q, "k": self.family.k, "v": self.family.v}[kind]
+        module = f"{self.attention_name(unit.layer)}.{place}"
+        of_kind = "qkv".index(kind)
+        if self.family.fused == "by_head":
+            index = 3 * unit.head + of_kind
+        elif self.family.fused == "by_kind":
+            index = of_kind * self.n_heads + unit.head
+        else:
+            index = unit.head if kind == "q" else unit.head // self.group_size
+        return Part(module, slice(index * self.head_dim, (index + 1) * self.head_dim))
 
     def blocks(self, units: Sequence[Head], names: Sequence[BlockName]) -> list[Block]:
         """The blocks of several heads, unit by unit."""
         return [self.block(unit, name) for unit in units for name in names]
+
+    def weight(self, model: nn.Module, block: Block) -> Tensor:
+        """The block's weights, [rows, columns]; a view of the model's own where it has one part."""
+        found = [
+            output_by_input(model.get_submodule(part.module))[part.rows, block.columns]
+            for part in block.parts
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def output_by_input(linear: nn.Module) -> Tensor:
+    """A linear layer's weight as [out, in]; GPT-2's ``Conv1D`` stores it the other way round."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def describe(model: nn.Module) -> ModelLayout:
     """Read the layout of a Hugging Face causal language model.
 
     Raises:
-        UnsupportedModelError: the family is not in :data:`FAMILIES`; the message lists those.
+        UnsupportedModelError: the family is not in :data:`FAMILIES` (the message lists those), or
+            the model lacks a part that its family should have.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -148,17 +229,37 @@ def describe(model: nn.Module) -> ModelLayout:
     if family is None or config is None:
         raise UnsupportedModelError(
             f"model family {model_type!r} has no layout here; supported: {', '.join(FAMILIES)}. "
-            "A family is one row of mda_lightning.architectures.FAMILIES"
+            "A family is one row of mda_lightning.families.FAMILIES; the docs show how to add one"
         )
-    return ModelLayout(
+    n_heads = int(config.num_attention_heads)
+    parallel = family.parallel
+    layout = ModelLayout(
         family=family,
         model_type=model_type,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        d_model=config.hidden_size,
-        vocab_size=config.vocab_size,
+        n_layers=int(config.num_hidden_layers),
+        n_heads=n_heads,
+        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
+        d_model=int(config.hidden_size),
+        vocab_size=int(config.vocab_size),
+        parallel=getattr(config, parallel) if isinstance(parallel, str) else parallel,
     )
+    _check_parts(model, layout)
+    return layout
+
+
+def _check_parts(model: nn.Module, layout: ModelLayout) -> None:
+    for name in (*layout.block(Head(0, 0), "QK").modules, layout.output_name(0)):
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(getattr(linear, "weight", None), Tensor):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no linear layer {name!r}, where the layout of family "
+                f"{layout.model_type!r} expects one; give the causal language model itself, "
+                "unwrapped, or correct the family's row"
+            )
 
 
 def find_language_model(module: nn.Module, name: str | None = None) -> PreTrainedModel:

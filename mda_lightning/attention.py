@@ -62,6 +62,7 @@ def _capturing_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Plain causal attention, softmax in float32 as in the eager implementation.
@@ -82,6 +83,8 @@ def _capturing_attention(
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     length = scores.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    if sliding_window is not None:
+        future |= torch.ones_like(future).tril(-sliding_window)
     scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
     pattern = torch.softmax(scores, dim=-1, dtype=torch.float32)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -93,6 +96,28 @@ def _capturing_attention(
 
 
 AttentionInterface.register(_NAME, _capturing_attention)
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Within the block ``model`` computes attention by the registered function ``name``.
+
+    Raises:
+        ValueError: the model's attention implementation cannot be switched.
+    """
+    former = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        now = model.config._attn_implementation
+        if now != name:
+            raise ValueError(
+                f"the attention implementation of {type(model).__name__} cannot be switched to "
+                f"{name!r} (it stays {now!r}), so its heads cannot be looked at; load the model "
+                "with attn_implementation='sdpa' or 'eager'"
+            )
+        yield
+    finally:
+        model.set_attn_implementation(former)
 
 
 @contextmanager
@@ -118,22 +143,15 @@ def capture_attention(
     Raises:
         ValueError: the model's attention implementation cannot be switched.
     """
-    former = model.config._attn_implementation
     device = model.device
     capture = AttentionCapture(sequence.to(device), query.to(device), key.to(device), last_layer)
-    model.set_attn_implementation(_NAME)
-    if model.config._attn_implementation != _NAME:
-        raise ValueError(
-            f"the attention implementation of {type(model).__name__} cannot be switched "
-            f"(it stays {model.config._attn_implementation!r}), so its patterns cannot be read"
-        )
-    token = _active.set(capture)
-    try:
-        with suppress(_AllPatternsRead):
-            yield capture
-    finally:
-        _active.reset(token)
-        model.set_attn_implementation(former)
+    with attention_implementation(model, _NAME):
+        token = _active.set(capture)
+        try:
+            with suppress(_AllPatternsRead):
+                yield capture
+        finally:
+            _active.reset(token)
 
 
 def attention_at(model: PreTrainedModel, probes: ProbeSet) -> Tensor:

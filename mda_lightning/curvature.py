@@ -186,28 +186,27 @@ class _Moments:
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
-        self.names = list(dict.fromkeys(block.module for block in blocks))
+        self.names = list(dict.fromkeys(name for block in blocks for name in block.modules))
         self.n_sequences = 0
         self.n_positions = 0
-        self._sums: dict[tuple[str, str, int, int], Tensor] = {}
-        self._bases: dict[tuple[str, str, int, int], Tensor] = {}
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._bases: dict[tuple[str, str], Tensor] = {}
 
     def add(self, backward: SequenceBackward) -> dict[tuple[Head, BlockName], Tensor]:
         """Add a batch; returns each block's per-sequence gradients [B, o, i], on the CPU."""
         sequences, length = backward.loss.shape
         self.n_sequences += sequences
         self.n_positions += sequences * length
-        done: set[tuple[str, str, int, int]] = set()
+        done: set[tuple[str, str]] = set()
         gradients = {}
         for block in self.blocks:
-            x, delta = backward.inputs[block.module], backward.deltas[block.module]
-            for kind, source, part in (("A", x, block.columns), ("S", delta, block.rows)):
-                key = (kind, block.module, part.start, part.stop)
+            x, delta = block.of_input(backward.inputs), block.of_output(backward.deltas)
+            for key, source in ((_a(block), x), (_s(block), delta)):
                 if key not in done:
                     done.add(key)
-                    flat = source[..., part].reshape(-1, part.stop - part.start).double()
+                    flat = source.flatten(0, 1).double()
                     self._sums[key] = self._sums.get(key, 0) + flat.T @ flat
-            own = sequence_gradients(block, x, delta)
+            own = sequence_gradients(block, backward.inputs, backward.deltas)
             if not torch.isfinite(own).all():
                 raise CurvatureError(
                     f"the gradient of {block.unit} {block.name} is not finite in the sequences "
@@ -218,8 +217,7 @@ class _Moments:
         return gradients
 
     def factors(self, block: Block, held: list[Tensor], damping: float, rule: str) -> BlockFactors:
-        basis_a = self._basis("A", block.module, block.columns)
-        basis_s = self._basis("S", block.module, block.rows)
+        basis_a, basis_s = self._basis(_a(block)), self._basis(_s(block))
         total = torch.zeros(block.shape, dtype=torch.float64, device=basis_a.device)
         for gradients in held:
             rotated = basis_s.T @ gradients.to(basis_a.device).double() @ basis_a
@@ -234,10 +232,17 @@ class _Moments:
             )
         return BlockFactors(basis_a, basis_s, eigenvalues, value)
 
-    def _basis(self, kind: str, module: str, part: slice) -> Tensor:
-        key = (kind, module, part.start, part.stop)
+    def _basis(self, key: tuple[str, str]) -> Tensor:
         cached = self._bases.get(key)
         if cached is None:
             cached = torch.linalg.eigh(self._sums[key] / self.n_positions).eigenvectors
             self._bases[key] = cached
         return cached
+
+
+def _a(block: Block) -> tuple[str, str]:
+    return "A", block.input_key
+
+
+def _s(block: Block) -> tuple[str, str]:
+    return "S", block.output_key

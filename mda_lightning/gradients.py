@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,10 +55,17 @@ def sequence_backward(
         return SequenceBackward(dict(taps.inputs), deltas, end.loss)
 
 
-def sequence_gradients(block: Block, inputs: Tensor, deltas: Tensor) -> Tensor:
-    """G_i = Σ_t δ[t] x[t]ᵀ of one block, for each sequence: [B, o, i]."""
-    x = inputs[..., block.columns]
-    delta = deltas[..., block.rows].to(x.dtype)
+def sequence_gradients(
+    block: Block, inputs: Mapping[str, Tensor], deltas: Mapping[str, Tensor]
+) -> Tensor:
+    """G_i = Σ_t δ[t] x[t]ᵀ of one block, for each sequence: [B, o, i].
+
+    Args:
+        block: the block.
+        inputs, deltas: x [B, T, in] and δ [B, T, out] by dotted name of the layer.
+    """
+    x = block.of_input(inputs)
+    delta = block.of_output(deltas).to(x.dtype)
     return torch.bmm(delta.transpose(1, 2), x)
 
 
@@ -68,26 +75,26 @@ def probe_gradients(
     """∇f of a mechanism's probe function in each unit's blocks: {(unit, block): [o, i]}.
 
     Where every head has an f of its own, one backward per layer serves that layer's heads: a head's
-    attention pattern does not depend on its neighbours' weights. Gradients through other heads'
-    values, in layers between, are all there.
+    attention pattern does not depend on its neighbours' weights. Where it does, by keys that a
+    group of heads shares or a norm across heads, those heads have a backward each. Gradients
+    through other heads' values, in layers between, are all there.
     """
     layout = describe(model)
     blocks = layout.blocks(units, mechanism.block_names)
     found: BlockVector = {}
-    by_layer = {
-        layer: [b for b in blocks if b.unit.layer == layer] for layer in range(layout.n_layers)
-    }
-    names = [block.module for block in blocks]
+    names = [name for block in blocks for name in block.modules]
     with evaluating(model), frozen(model), torch.enable_grad(), Taps(model, names) as taps:
         value = mechanism.probe(model)
         per_head = value.dim() > 0
-        for layer, own in by_layer.items():
-            if not own:
-                continue
-            scalar = value[layer].sum() if per_head else value
-            deltas = taps.gradients(scalar, {b.module: None for b in own}, retain_graph=True)
+        together: dict[tuple[int, int], list[Block]] = {}
+        for block in blocks:
+            turn = block.unit.head % layout.entangled if per_head else 0
+            together.setdefault((block.unit.layer, turn), []).append(block)
+        for (layer, turn), own in together.items():
+            scalar = value[layer, turn :: layout.entangled].sum() if per_head else value
+            wanted = dict.fromkeys(name for block in own for name in block.modules)
+            deltas = taps.gradients(scalar, wanted, retain_graph=True)
             for block in own:
-                x = taps.inputs[block.module]
-                gradient = sequence_gradients(block, x, deltas[block.module]).sum(0)
+                gradient = sequence_gradients(block, taps.inputs, deltas).sum(0)
                 found[block.unit, block.name] = gradient.detach()
     return found

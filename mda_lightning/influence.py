@@ -15,12 +15,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import Block, BlockName, describe
+from mda_lightning.architectures import BlockName, describe
 from mda_lightning.curvature import SubspaceEKFAC
 from mda_lightning.gradients import BlockVector, probe_gradients, sequence_backward
 from mda_lightning.taps import TrainingTaps
@@ -53,6 +54,16 @@ class Scores:
     loss: Tensor
 
 
+class _Piece(NamedTuple):
+    """Rows of one layer that belong to unit i, block k, and the IHVP's rows for them."""
+
+    unit: int
+    block: int
+    rows: slice
+    columns: slice
+    vector: Tensor
+
+
 class _Projection:
     """−⟨G_i, V⟩ of each block for a batch's (x, δ), written into a [B, U, K] tensor."""
 
@@ -67,22 +78,25 @@ class _Projection:
                 f"the IHVP lacks {', '.join(missing)}: every unit needs the same blocks"
             )
         layout = describe(model)
-        self._by_module: dict[str, list[tuple[int, int, Block, Tensor]]] = {}
+        self._by_module: dict[str, list[_Piece]] = {}
         for i, unit in enumerate(self.units):
             for k, name in enumerate(self.blocks):
-                block = layout.block(unit, name)
-                entry = (i, k, block, ihvp[unit, name])
-                self._by_module.setdefault(block.module, []).append(entry)
+                block, first = layout.block(unit, name), 0
+                for module, rows in block.parts:
+                    own = ihvp[unit, name][first : first + rows.stop - rows.start]
+                    first += len(own)
+                    piece = _Piece(i, k, rows, block.columns, own)
+                    self._by_module.setdefault(module, []).append(piece)
 
     @property
     def names(self) -> list[str]:
         return list(self._by_module)
 
     def add(self, out: Tensor, module: str, x: Tensor, delta: Tensor) -> None:
-        for i, k, block, vector in self._by_module[module]:
-            own = delta[..., block.rows].float()
+        for i, k, rows, columns, vector in self._by_module[module]:
+            own = delta[..., rows].float()
             # Σ_t δ[t]ᵀ V x[t], which equals ⟨Σ_t δ[t] x[t]ᵀ, V⟩ without forming the sum.
-            projected = x[..., block.columns].float() @ vector.to(own).T
+            projected = x[..., columns].float() @ vector.to(own).T
             out[:, i, k] -= (projected * own).sum(dim=(1, 2)).to(out)
 
 
@@ -136,7 +150,7 @@ class TrainingStepScorer:
     ) -> None:
         self._model = model
         self.units, self.blocks = tuple(units), tuple(blocks)
-        names = [block.module for block in describe(model).blocks(units, blocks)]
+        names = [n for block in describe(model).blocks(units, blocks) for n in block.modules]
         self._projection: _Projection | None = None
         self._partial: Tensor | None = None
         self._taps = TrainingTaps(model, names, self._consume)

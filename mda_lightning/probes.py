@@ -23,7 +23,8 @@ class ProbeSet:
         sequence, query, key: int64 [E], the attention entries, 0-based.
         target: int64 [E], the token that follows ``query`` if the sequence goes on as before:
             **the logits at position** ``query`` **predict it**.
-        weight: float32 [E], summing to 1: mean over a sequence's entries, then over sequences.
+        weight: float32 [E]: mean over a sequence's queries, then over sequences; a query's entries,
+            where it has several keys, weigh alike and so add up. Sums to 1 with one key a query.
     """
 
     tokens: Tensor
@@ -45,11 +46,11 @@ class ProbeSet:
 
     @property
     def chance(self) -> float:
-        """The score of uniform attention: the mean of 1/(number of visible positions)."""
+        """The score of uniform attention: the mean of keys / (number of visible positions)."""
         return float((self.weight.double() / (self.query.double() + 1)).sum())
 
     def per_sequence(self, values: Tensor) -> Tensor:
-        """Mean of ``values`` [E, ...] over each sequence's entries: [N, ...]."""
+        """``values`` [E, ...] added up per query, mean over each sequence's queries: [N, ...]."""
         weight = (self.weight * self.n_sequences).to(values.device, values.dtype)
         weighted = values * weight.view(-1, *[1] * (values.dim() - 1))
         out = torch.zeros(
@@ -66,7 +67,8 @@ def _assemble(
     columns: list[tuple[int, int, int, int, float]] = []
     for i, (row, own) in enumerate(zip(rows, entries, strict=True)):
         tokens[i, : len(row)] = row
-        columns += [(i, q, k, target, 1.0 / (len(rows) * len(own))) for q, k, target in own]
+        weight = 1.0 / (len(rows) * len({q for q, _, _ in own}))
+        columns += [(i, q, k, target, weight) for q, k, target in own]
     sequence, query, key, target, weight = zip(*columns, strict=True)
     return ProbeSet(
         torch.from_numpy(tokens),
@@ -192,3 +194,86 @@ def single_target_sequences(
         rows.append(row if bos is None else np.concatenate([[bos], row]))
         entries.append([(offset + size - 1, offset + place + 1, int(row[place + 1]))])
     return _assemble(rows, entries, int(ids[0]))
+
+
+def ablation_sequences(
+    token_ids: Sequence[int] | np.ndarray | Tensor,
+    *,
+    seed: int,
+    n_sequences: int = 100,
+    length: int = 32,
+) -> ProbeSet:
+    """The induction task of App. H: ``[prefix] A B C [gap] A B``, whose next token is C.
+
+    All tokens but the repeated A B are drawn without replacement; the pattern stands at a uniformly
+    random place with at least one token before it and one in the gap. One entry a sequence: the
+    last position, the place of C, and C.
+
+    Raises:
+        ValueError: too few ids or a length below 7.
+    """
+    if length < 7:
+        raise ValueError(f"length {length} cannot hold [prefix] A B C [gap] A B; give at least 7")
+    ids = _check_ids(token_ids, length)
+    rng = np.random.default_rng(seed)
+    rows, entries = [], []
+    for _ in range(n_sequences):
+        row = rng.choice(ids, size=length, replace=False)
+        place = int(rng.integers(1, length - 5))
+        row[-2:] = row[place : place + 2]
+        rows.append(row)
+        entries.append([(length - 1, place + 2, int(row[place + 2]))])
+    return _assemble(rows, entries, int(ids[0]))
+
+
+def prefix_matching_sequences(rows: Tensor) -> ProbeSet:
+    """Prefix matching on text: attention to what followed the present token before.
+
+    The queries are the positions of a row whose token has occurred earlier in it; the keys of one
+    are the positions right after those earlier occurrences, whose attention is added up. On
+    repeated random tokens this is the induction stripe (Olsson et al. 2022, "Prefix matching").
+    Where a token follows itself the later one is a key of its own. Rows without a repeated token
+    are left out; ``target`` is the token at the key.
+
+    Args:
+        rows: int64 [N, T], rows of text.
+
+    Raises:
+        ValueError: no row repeats a token.
+    """
+    rows = _check_text(rows)
+    kept, entries = [], []
+    for row in rows.numpy():
+        same = np.tril(row[:, None] == row[None, :], k=-1)
+        own = [(int(q), int(k) + 1, int(row[k + 1])) for q, k in np.argwhere(same)]
+        if own:
+            kept.append(row)
+            entries.append(own)
+    if not kept:
+        raise ValueError(
+            f"no token occurs twice in any of the {len(rows)} rows of {rows.shape[1]} tokens, so "
+            "there is no prefix to match; give longer rows of text"
+        )
+    return _assemble(kept, entries, int(kept[0][0]))
+
+
+def previous_token_sequences(rows: Tensor) -> ProbeSet:
+    """Rows of text with every attention entry t -> t−1, t >= 2 (1-based), as entries (Eq. 15).
+
+    Args:
+        rows: int64 [N, T], rows of text.
+
+    Raises:
+        ValueError: no rows, or rows of one token.
+    """
+    rows = _check_text(rows)
+    entries = [[(t, t - 1, int(row[t - 1])) for t in range(1, len(row))] for row in rows.numpy()]
+    return _assemble(list(rows.numpy()), entries, int(rows[0, 0]))
+
+
+def _check_text(rows: Tensor) -> Tensor:
+    if rows.dim() != 2 or not len(rows) or rows.shape[1] < 2:
+        raise ValueError(
+            f"rows of text are [N, T] with at least 1 row of 2 tokens, got {tuple(rows.shape)}"
+        )
+    return rows.cpu().to(torch.int64)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
 
 
 def random_neox(
@@ -37,6 +43,43 @@ def random_neox(
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.copy_(1 + 0.1 * noise if "norm.weight" in name else noise)
     return model.to(dtype).eval()
+
+
+#: Families that are not GPT-NeoX, with the settings that make a small one; grouped queries where
+#: the family has them, and head widths that do not add up to the model's.
+OTHER_FAMILIES = {
+    "gpt2": {"n_positions": 64, "n_inner": 32},
+    "llama": {"num_key_value_heads": 2, "attention_bias": True},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "olmo2": {"num_key_value_heads": 2},
+}
+
+
+def random_model(family: str, *, seed: int = 0, n_layers: int = 2) -> PreTrainedModel:
+    """A small random model of any supported family: 4 heads, vocabulary 40, width 16."""
+    if family == "gpt_neox":
+        return random_neox(seed=seed, n_layers=n_layers, n_heads=4)
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    if family != "gpt2":
+        sizes |= {"intermediate_size": 32, "max_position_embeddings": 64}
+    config = CONFIG_MAPPING[family](**sizes, **OTHER_FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.25
+            is_norm = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.1 * noise if is_norm else noise)
+    return model.eval()
 
 
 COPY_VOCABULARY = 24

@@ -234,7 +234,7 @@ def test_sampled_labels_follow_the_model(tokens) -> None:
 
 def test_truncated_backward_equals_full_autograd(tokens) -> None:
     model = random_neox()
-    names = [describe(model).qkv_name(1)]
+    names = list(describe(model).block(Head(1, 0), "QK").modules)
     backward = sequence_backward(model, names, tokens)
     kept = {}
     handle = model.get_submodule(names[0]).register_forward_hook(
