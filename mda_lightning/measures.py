@@ -20,15 +20,17 @@ from mda_lightning.probes import ablation_sequences
 
 @runtime_checkable
 class Measure(Protocol):
-    """What a monitor asks of a measure.
+    """What a monitor asks of a measure."""
 
-    Attributes:
-        name: as in :data:`MEASURES`, and the first part of its keys.
-        every_n_steps: optimizer steps between measurements; None leaves it to the monitor.
-    """
+    @property
+    def name(self) -> str:
+        """As in :data:`MEASURES`, and the first part of its keys."""
+        ...
 
-    name: str
-    every_n_steps: int | None
+    @property
+    def every_n_steps(self) -> int | None:
+        """Optimizer steps between measurements; None leaves it to the monitor."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the numbers, as JSON values."""
