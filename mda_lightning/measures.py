@@ -13,6 +13,12 @@ from typing import Any, Protocol, Self, runtime_checkable
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import ModelLayout, describe, real_token_ids
+from mda_lightning.companion_measures import (
+    Copying,
+    InContextLearning,
+    PrefixMatching,
+    PreviousTokenOnText,
+)
 from mda_lightning.metrics import AblationContribution, UnitScores
 from mda_lightning.metrics.ablation import Replacement
 from mda_lightning.probes import ablation_sequences
@@ -113,7 +119,13 @@ class Ablation:
         )
 
 
-MEASURES: dict[str, Callable[..., Measure]] = {"ablation": Ablation}
+MEASURES: dict[str, Callable[..., Measure]] = {
+    "ablation": Ablation,
+    InContextLearning.name: InContextLearning,
+    Copying.name: Copying,
+    PrefixMatching.name: PrefixMatching,
+    PreviousTokenOnText.name: PreviousTokenOnText,
+}
 
 
 def measure(name: str, **settings: Any) -> Measure:

@@ -67,8 +67,8 @@ def _assemble(
     columns: list[tuple[int, int, int, int, float]] = []
     for i, (row, own) in enumerate(zip(rows, entries, strict=True)):
         tokens[i, : len(row)] = row
-        weight = 1.0 / (len(rows) * len({q for q, _, _ in own}))
-        columns += [(i, q, k, target, weight) for q, k, target in own]
+        share = 1.0 / (len(rows) * len({q for q, _, _ in own}))
+        columns += [(i, q, k, target, share) for q, k, target in own]
     sequence, query, key, target, weight = zip(*columns, strict=True)
     return ProbeSet(
         torch.from_numpy(tokens),

@@ -1,12 +1,13 @@
-"""Next-token loss summed over positions, without ever holding a batch's full logits.
+"""Next-token loss of each position, without ever holding a batch's full logits.
 
 The unembedding and the softmax run over chunks of positions; what is kept is each position's loss
-and the gradient with respect to the final hidden states, from which the backward through the model
-starts.
+and, where asked for, the gradient with respect to the final hidden states, from which the backward
+through the model starts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,14 +45,10 @@ def loss_at_hidden(
     flat = hidden.detach().reshape(-1, width)
     loss = torch.empty(len(flat), dtype=torch.float32, device=flat.device)
     gradient = torch.empty_like(flat)
-    vocabulary = getattr(unembedding, "out_features", None) or 2**16
-    step = max(1, _CHUNK_NUMBERS // int(vocabulary))
-    for start in range(0, len(flat), step):
-        part = slice(start, start + step)
+    for part in _chunks(unembedding, len(flat)):
         with torch.enable_grad():
             chunk = flat[part].requires_grad_(True)
-            logits = unembedding(chunk)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = _logits(unembedding, chunk)
             if labels is None:
                 assert uniform is not None
                 target = _inverse_cdf(logits.detach(), uniform.reshape(-1)[part])
@@ -61,6 +58,35 @@ def loss_at_hidden(
             gradient[part] = torch.autograd.grad(each.sum(), chunk)[0]
         loss[part] = each.detach().to(loss.dtype)
     return HiddenLoss(loss.view(batch, length), gradient.view(batch, length, width))
+
+
+@torch.no_grad()
+def loss_of_hidden(unembedding: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each position, float32 [B, T], and nothing for a backward.
+
+    Args:
+        unembedding: maps [n, d_model] to logits [n, V].
+        hidden: [B, T, d_model]; the logits at position t predict ``labels[:, t]``.
+        labels: int64 [B, T].
+    """
+    flat, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    loss = torch.empty(len(flat), dtype=torch.float32, device=flat.device)
+    for part in _chunks(unembedding, len(flat)):
+        logits = _logits(unembedding, flat[part])
+        loss[part] = F.cross_entropy(logits, target[part], reduction="none").to(loss.dtype)
+    return loss.view(labels.shape)
+
+
+def _chunks(unembedding: nn.Module, n: int) -> Iterator[slice]:
+    vocabulary = getattr(unembedding, "out_features", None) or 2**16
+    step = max(1, _CHUNK_NUMBERS // int(vocabulary))
+    for start in range(0, n, step):
+        yield slice(start, start + step)
+
+
+def _logits(unembedding: nn.Module, hidden: Tensor) -> Tensor:
+    logits: Tensor = unembedding(hidden)
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def rows_from_jsonl(
         raise FileNotFoundError(f"no JSON lines at {path}")
     return rows_from_texts(
         folder,
-        _jsonl_documents(path, text_key),
+        jsonl_documents(path, text_key),
         row_length=row_length,
         tokenizer_json=tokenizer_json,
         vocab_size=vocab_size,
@@ -146,19 +146,22 @@ def rows_from_jsonl(
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, unpacked where its name ends in ``.gz``.
 
     Raises:
         ValueError: it is not UTF-8; the message says where.
     """
-    return _decoded(path.read_bytes(), path)
-
-
-def _jsonl_documents(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
     data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = gzip.decompress(data)
-    for number, line in enumerate(_decoded(data, path).split("\n"), start=1):
+    return _decoded(gzip.decompress(data) if path.suffix == ".gz" else data, path)
+
+
+def jsonl_documents(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
+    """The (domain, text) pairs of JSON lines, gzipped where the name ends in ``.gz``.
+
+    Raises:
+        ValueError: a line is not JSON or has no text under ``text_key``; or the file is not UTF-8.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

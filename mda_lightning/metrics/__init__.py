@@ -13,15 +13,27 @@ from mda_lightning.metrics.attention_score import (
     attention_per_sequence,
     summarise,
 )
+from mda_lightning.metrics.copying import (
+    CopyingScore,
+    copying_per_sequence,
+    ov_eigenvalue_scores,
+)
+from mda_lightning.metrics.icl import ICLScore, icl_per_sequence, position_losses
 
 __all__ = [
     "AblationContribution",
     "AblationDrops",
     "AttentionScore",
+    "CopyingScore",
+    "ICLScore",
     "InductionScore",
     "PreviousTokenScore",
     "UnitScores",
     "ablation_drops",
     "attention_per_sequence",
+    "copying_per_sequence",
+    "icl_per_sequence",
+    "ov_eigenvalue_scores",
+    "position_losses",
     "summarise",
 ]

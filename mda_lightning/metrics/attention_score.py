@@ -17,7 +17,7 @@ from mda_lightning.probes import ProbeSet, random_sequences, repeated_sequences
 
 
 class UnitScores(NamedTuple):
-    """Mean over sequences and its standard error, each float32 [L, heads]."""
+    """Mean over sequences and its standard error: float32 [L, heads], or 0-dim for a whole model."""
 
     mean: Tensor
     se: Tensor

@@ -1,0 +1,119 @@
+"""A tokenizer, however it is given, and which of a model's token ids it really uses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mda_lightning.corpora.bpe import END_OF_TEXT
+
+#: A path to ``tokenizer.json``, a folder or hub name that ``AutoTokenizer`` reads, or an object of
+#: the `tokenizers` or `transformers` library.
+TokenizerLike = str | os.PathLike[str] | Tokenizer | PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """A tokenizer and its ids.
+
+    Attributes:
+        tokenizer: of the `tokenizers` library.
+        ids: int64, ascending; every id that it can give.
+        added: those of special and of added tokens.
+        end_of_text: the id that closes a document, or None.
+    """
+
+    tokenizer: Tokenizer
+    ids: Tensor
+    added: Tensor
+    end_of_text: int | None
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Check that a model of ``vocab_size`` ids has all of this tokenizer's.
+
+        Raises:
+            ValueError: it has not; the message gives both numbers.
+        """
+        largest = int(self.ids.max())
+        if largest >= vocab_size:
+            raise ValueError(
+                f"the tokenizer is larger than the model: its ids go up to {largest}, the model "
+                f"has {vocab_size} (0..{vocab_size - 1}); give the tokenizer that the model was "
+                "trained with"
+            )
+
+
+def read_vocabulary(tokenizer: TokenizerLike) -> Vocabulary:
+    """A tokenizer by path, by name, or as an object.
+
+    Raises:
+        ValueError: nothing readable lies there, or it has no tokens.
+        TypeError: the object is no tokenizer, or one written in Python alone, which has no
+            `tokenizers` object inside.
+    """
+    found: Any = tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        found = _read(tokenizer)
+    end_of_text, special = None, set[int]()
+    if isinstance(found, PreTrainedTokenizerBase):
+        end_of_text = found.eos_token_id
+        special = set(found.all_special_ids)
+        found = getattr(found, "backend_tokenizer", None)
+    if not isinstance(found, Tokenizer):
+        raise TypeError(
+            f"{type(tokenizer).__name__} is not a tokenizer that can be used here: give a path to "
+            "tokenizer.json, a folder or hub name, a tokenizers.Tokenizer, or a fast tokenizer of "
+            "transformers"
+        )
+    ids = set(found.get_vocab(with_added_tokens=True).values())
+    if not ids:
+        raise ValueError("the tokenizer has no tokens; give one that was trained")
+    if end_of_text is None:
+        end_of_text = found.token_to_id(END_OF_TEXT)
+    added = (special | set(found.get_added_tokens_decoder())) & ids
+    return Vocabulary(found, _ids(ids), _ids(added), end_of_text)
+
+
+def token_ids_of(tokenizer: TokenizerLike, model: PreTrainedModel) -> Tensor:
+    """Token ids that a tokenizer really uses in running text, int64 [V'], ascending.
+
+    Special and added tokens (end of text, padding, runs of blanks that a tokenizer was given
+    later) are left out, and so are a model's ids beyond the tokenizer's, which pad its vocabulary
+    and were never trained. Probe sequences are drawn from these.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model lacks, or no tokenizer can be read.
+        TypeError: no tokenizer.
+    """
+    vocabulary = read_vocabulary(tokenizer)
+    vocabulary.check_fits(int(model.config.vocab_size))
+    return vocabulary.ids[~torch.isin(vocabulary.ids, vocabulary.added)]
+
+
+def _read(place: str | os.PathLike[str]) -> Tokenizer | PreTrainedTokenizerBase:
+    path = Path(place)
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        # Without a configuration beside it AutoTokenizer would have to guess a class.
+        has_settings = (path / "tokenizer_config.json").is_file()
+        path = path if has_settings else path / "tokenizer.json"
+    try:
+        if path.is_file():
+            return Tokenizer.from_file(str(path))
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(place))
+    except Exception as error:
+        raise ValueError(
+            f"no tokenizer could be read from {str(place)!r}: {error}. Give a path to "
+            "tokenizer.json, a folder saved by save_pretrained, or a name on the hub"
+        ) from error
+    return found
+
+
+def _ids(values: set[int]) -> Tensor:
+    return torch.tensor(sorted(values), dtype=torch.int64)
