@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from models import copying_neox, random_neox
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from mda_lightning import evaluation_text
 from mda_lightning.corpora import TokenRows, train_bpe
@@ -342,3 +343,30 @@ def test_a_text_without_a_tokenizer_asks_for_one_before_training() -> None:
             long = {"context" if name == "icl" else "length": 65}
             measure(name, text=TEXTS, **long).check(model)
     assert set(MEASURES) >= {"icl", "copying", "prefix_matching", "previous_token_text"}
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_metrics_page_run(tmp_path: Path, bpe: str) -> None:
+    """All but the first, which loads a model from the hub; texts and tokenizer are local ones."""
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text("utf-8")
+    first, *blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert "from_pretrained" in first and len(blocks) == 6
+    (tmp_path / "tokenizer.json").write_text(bpe, "utf-8")
+    (tmp_path / "text.txt").write_text("".join(TEXTS) * 40, "utf-8")
+    config = GPTNeoXConfig(
+        vocab_size=300,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=512,
+    )
+    names: dict[str, object] = {"model": GPTNeoXForCausalLM(config)}
+    names["model"].config._name_or_path = str(tmp_path)
+    for block in blocks:
+        block = block.replace('"EleutherAI/pythia-70m"', repr(str(tmp_path)))
+        exec(block.replace('"wikitext-2"', repr(str(tmp_path / "text.txt"))), names)
+    assert set(names["scores"]) == {"icl/gain", "icl/olsson"}
+    assert 0 < names["chance"] < 1
