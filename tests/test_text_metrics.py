@@ -352,7 +352,7 @@ def test_the_examples_of_the_metrics_page_run(tmp_path: Path, bpe: str) -> None:
     """All but the first, which loads a model from the hub; texts and tokenizer are local ones."""
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text("utf-8")
     first, *blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert "from_pretrained" in first and len(blocks) == 6
+    assert "from_pretrained" in first and len(blocks) >= 6
     (tmp_path / "tokenizer.json").write_text(bpe, "utf-8")
     (tmp_path / "text.txt").write_text("".join(TEXTS) * 40, "utf-8")
     config = GPTNeoXConfig(
