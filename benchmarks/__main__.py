@@ -8,9 +8,10 @@ import sys
 
 import torch
 
+from benchmarks.ablation_speed import ablation
 from benchmarks.quickstart_costs import in_run, monitoring, replay
 
-BENCHMARKS = {"monitoring": monitoring, "replay": replay, "in-run": in_run}
+BENCHMARKS = {"monitoring": monitoring, "replay": replay, "in-run": in_run, "ablation": ablation}
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from benchmarks.interleaved import interleaved, ratio
+from benchmarks.models import quickstart_module
 from mda_lightning.architectures import describe
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.influence import (
@@ -18,7 +19,6 @@ from mda_lightning.influence import (
     replay_scores,
 )
 from mda_lightning.mechanisms import mechanism
-from mda_lightning.pretraining import PythiaModule
 from mda_lightning.pretraining.loss import sequence_losses, weighted_loss
 from mda_lightning.pretraining.optimization import parameter_groups
 from mda_lightning.recipes.quickstart import QUICKSTART
@@ -31,20 +31,10 @@ class _Training:
     """Plain training steps of the quickstart's model on random tokens, without Lightning."""
 
     def __init__(self) -> None:
-        model, vocab = QUICKSTART.model, QUICKSTART.corpus.vocab_size
+        vocab = QUICKSTART.corpus.vocab_size
         self.length = QUICKSTART.corpus.sequence_length
         self.batch = QUICKSTART.training.batch_size
-        module = PythiaModule(
-            {
-                "hidden_size": model.d_model,
-                "num_hidden_layers": model.n_layers,
-                "num_attention_heads": model.n_heads,
-                "intermediate_size": model.d_mlp,
-                "rotary_pct": model.rotary_fraction,
-            },
-            vocab_size=vocab,
-            seq_len=self.length,
-        )
+        module = quickstart_module()
         self.model = module.model
         self.optimizer = AdamW(parameter_groups(module, weight_decay=0.1), lr=1e-4, fused=True)
         generator = torch.Generator().manual_seed(0)

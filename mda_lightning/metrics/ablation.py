@@ -110,8 +110,8 @@ def ablation_drops(
             ends = _branches(model, layout, layers, instead, query)
             target = probes.target[rows].to(model.device)
             values = _read(model, layout, ends, target, chunk_numbers)  # [3, 1 + L * heads, n]
-            drops = values[:, :1] - values[:, 1:]
-            found[:, rows] = drops.mT.reshape(3, len(rows), layout.n_layers, layout.n_heads).cpu()
+            drops = (values[:, :1] - values[:, 1:]).mT.float().cpu()
+            found[:, rows] = drops.reshape(3, len(rows), layout.n_layers, layout.n_heads)
     return AblationDrops(*found)
 
 
@@ -226,20 +226,16 @@ def _branches(
     query: Tensor,
 ) -> Tensor:
     """The last stream at the query, clean and then head by head: [1 + L * heads, n, d_model]."""
-    carried: Tensor | None = None  # [branches * n, T, d_model]
-    n = len(query)
+    carried: list[Tensor] = []  # of each layer below, [heads * n, T, d_model]
     for i, layer in enumerate(layers):
         at = query if i == len(layers) - 1 else None
         own = _Sublayers(model, layout, i)
-        if carried is not None:
-            carried = own.run(carried, layer.arguments, at)
+        carried = [own.run(streams, layer.arguments, at) for streams in carried]
         replaced = instead[i]
         change = own.head_outputs(-layer.z if replaced is None else replaced - layer.z)
-        new = own.resume(layer, change, at)
-        carried = new if carried is None else torch.cat([carried, new])
-    assert carried is not None
-    clean = layers[-1].after[torch.arange(n, device=query.device), query]
-    return torch.cat([clean[None], carried.view(-1, *clean.shape)])
+        carried.append(own.resume(layer, change, at))
+    clean = _at(layers[-1].after, query)
+    return torch.cat([clean, *carried]).view(-1, *clean.shape)
 
 
 class _Sublayers:
@@ -258,15 +254,16 @@ class _Sublayers:
         self._mlp_norm = whole.get_submodule(family.mlp_norm)
         self._norms_before = family.norms == "before"
         self._parallel = layout.parallel
-        output = model.get_submodule(layout.output_name(layer))
-        weight = output_by_input(output)
+        self._output = model.get_submodule(layout.output_name(layer))
+        weight = output_by_input(self._output)
         self._w_o = weight.reshape(len(weight), layout.n_heads, layout.head_dim)
 
     def run(self, stream: Tensor, arguments: Mapping[str, Any], at: Tensor | None) -> Tensor:
         """The layer's output for a stream."""
         normed = self._attention_norm(stream) if self._norms_before else stream
-        attended = self._attention(normed, **arguments)[0]
-        return self._after_attention(_at(stream, at), _at(attended, at))
+        with _only_at(self._output, at):
+            attended = self._attention(normed, **arguments)[0]
+        return self._after_attention(_at(stream, at), attended)
 
     def head_outputs(self, z: Tensor) -> Tensor:
         """Each head's part of the output projection of z [n, T, heads * head_dim], without bias.
@@ -279,12 +276,13 @@ class _Sublayers:
     def resume(self, layer: _Layer, change: Tensor, at: Tensor | None) -> Tensor:
         """The layer's output where the attention's is changed by ``change`` [heads, n, T, d]."""
         heads = len(change)
-        change = _at(change.flatten(0, 1), at)
+        change = _at(change.flatten(0, 1), at).view(heads, *_at(layer.after, at).shape)
         if self._parallel and self._norms_before:
             # The MLP does not see the attention: nothing else of the layer differs.
-            return _repeat(_at(layer.after, at), heads) + change
-        attended = _repeat(_at(layer.attended, at), heads) + change
-        return self._after_attention(_repeat(_at(layer.stream, at), heads), attended)
+            after = _at(layer.after, at) + change
+        else:
+            after = self._after_attention(_at(layer.stream, at), _at(layer.attended, at) + change)
+        return after.flatten(0, 1)
 
     def _after_attention(self, stream: Tensor, attended: Tensor) -> Tensor:
         if not self._norms_before:
@@ -306,23 +304,35 @@ def _at(stream: Tensor, at: Tensor | None) -> Tensor:
     return stream[rows, at.repeat(len(stream) // len(at))]
 
 
-def _repeat(stream: Tensor, times: int) -> Tensor:
-    return stream.repeat(times, *[1] * (stream.dim() - 1))
+@contextmanager
+def _only_at(output: nn.Module, at: Tensor | None) -> Iterator[None]:
+    """Within the block the output projection computes the wanted positions alone."""
+    if at is None:
+        yield
+        return
+    handle = output.register_forward_pre_hook(lambda _, args: (_at(args[0], at),))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _read(
     model: PreTrainedModel, layout: ModelLayout, ends: Tensor, target: Tensor, numbers: int
 ) -> Tensor:
-    """Logit, centred logit and log-probability of the target, [3, branches, n], float32."""
+    """Logit, centred logit and log-probability of the target, [3, branches, n], float64."""
     final_norm = model.get_submodule(layout.family.final_norm)
     unembed = unembedding(model)
     flat, wanted = ends.flatten(0, 1), target.repeat(len(ends))
     size = max(1, numbers // layout.vocab_size)
     parts = []
     for rows, ids in zip(torch.split(flat, size), torch.split(wanted, size), strict=True):
-        logits = unembed(final_norm(rows)).float()
-        own = logits.gather(1, ids[:, None])[:, 0]
-        parts.append(torch.stack([own, own - logits.mean(1), own - logits.logsumexp(1)]))
+        logits = unembed(final_norm(rows)).float().contiguous()
+        own = logits.gather(1, ids[:, None])[:, 0].double()
+        mean, top = logits.mean(1).double(), logits.amax(1, keepdim=True)
+        # In float32 a log-probability near −10 is rounded at 1e-6; the sum of exponentials is not.
+        total = logits.sub_(top).exp_().sum(1).double().log() + top[:, 0].double()
+        parts.append(torch.stack([own, own - mean, own - total]))
     return torch.cat(parts, dim=1).view(3, len(ends), len(target))
 
 
