@@ -7,20 +7,18 @@ arbitrary and reaches the page only through the template's escaping.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mda_lightning import __version__
 from mda_lightning.analysis.composition import DomainShare, composition
 from mda_lightning.analysis.figures import Comparison
 from mda_lightning.analysis.influences import SeedInfluence, seed_influence
+from mda_lightning.analysis.page import page_environment
 from mda_lightning.analysis.report_figures import (
     arms_figure,
     composition_figure,
@@ -71,7 +69,7 @@ def build_report(study_folder: str | Path) -> Path:
     main, controls = comparisons(study)
     shown = influences[0] if influences and rows is not None else None
     html = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             study=study,
@@ -218,44 +216,3 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, ", ".join(map(str, value))
     else:
         yield prefix, "none" if value is None else str(value)
-
-
-def _inline(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    known = value is not None and math.isfinite(value)
-    return f"{value:.{digits}f}" if known else "–"
-
-
-def _step(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(float(seconds)), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{float(seconds):.1f} s"
-
-
-def _moment(text: str) -> str:
-    """``2026-01-05 10:00 UTC`` of an ISO time; any other text as it is."""
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError:
-        return text
-    return when.strftime("%Y-%m-%d %H:%M %Z").strip()
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("mda_lightning.analysis", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        inline=_inline, number=_number, step=_step, duration=_duration, moment=_moment
-    )
-    return environment

@@ -176,7 +176,7 @@ def heatmap_figure(study: Study, seed: SeedRun) -> ReportFigure | None:
             base.steps,
             base.values,
             units=base.units,
-            metric=study.metric,
+            metric=f"{study.metric} score",
             chance=study.chance,
             window=window,
             target=seed.target if seed.window.start is not None else None,

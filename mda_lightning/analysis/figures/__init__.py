@@ -1,5 +1,6 @@
 """The figures of a report, each a function from values to a matplotlib ``Figure``."""
 
+from mda_lightning.analysis.figures.heads import heads_heatmap, scalar_curve
 from mda_lightning.analysis.figures.influence import domain_composition, score_distribution
 from mda_lightning.analysis.figures.style import DARK, LIGHT, Theme, png_bytes
 from mda_lightning.analysis.figures.training import (
@@ -7,7 +8,6 @@ from mda_lightning.analysis.figures.training import (
     Comparison,
     arm_curves,
     effect_dots,
-    heads_heatmap,
 )
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "effect_dots",
     "heads_heatmap",
     "png_bytes",
+    "scalar_curve",
     "score_distribution",
 ]

@@ -1,4 +1,4 @@
-"""Figures of training: all heads over steps, the target head per arm, effects per seed."""
+"""Figures of training: the target head per arm, effects per seed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from mda_lightning.analysis.effects import Effect
-from mda_lightning.analysis.figures.style import LIGHT, SMALL, TEXT, Theme, canvas, legend
+from mda_lightning.analysis.figures.heads import LEAST_SCALE
+from mda_lightning.analysis.figures.style import LIGHT, Theme, canvas, legend
 
 Floats = NDArray[np.float64]
-
-LEAST_SCALE = 0.2
-"""Colours and axes reach at least this score, so that noise at the floor looks like no rise."""
 
 
 @dataclass(frozen=True)
@@ -37,91 +34,6 @@ class Comparison:
     arm: str
     control: str
     effect: Effect
-
-
-def heads_heatmap(
-    steps: ArrayLike,
-    values: ArrayLike,
-    *,
-    units: Sequence[str],
-    metric: str = "induction",
-    chance: float | None = None,
-    window: tuple[float | None, float | None, float | None] = (None, None, None),
-    target: str | None = None,
-    theme: Theme = LIGHT,
-) -> Figure:
-    """All heads (rows) over optimizer steps (columns), darkest to brightest from 0 to the peak.
-
-    Args:
-        steps: evaluation steps, ascending, [S].
-        values: metric, [S, U].
-        units: row names, [U].
-        chance: drawn as a tick on the colour bar.
-        window: (start, midpoint, end) of the target's critical window; ``None`` where unknown.
-        target: head whose row is framed.
-    """
-    at = np.asarray(steps, dtype=np.float64)
-    table = np.asarray(values, dtype=np.float64)
-    rows = len(units)
-    per_row = 0.34 if rows <= 12 else 0.24 if rows <= 40 else 0.12
-    figure, (ax,) = canvas(theme, min(11.0, 1.9 + max(1.4, per_row * rows)))
-    ax.grid(False)
-    finite = table[np.isfinite(table)]
-    top = max(float(finite.max()) if finite.size else 0.0, 2.0 * (chance or 0.0), LEAST_SCALE)
-    mesh = ax.pcolormesh(
-        _edges(at), np.arange(rows + 1), table.T, cmap="cividis", vmin=0.0, vmax=top
-    )
-    ax.set_ylim(rows, 0)
-    stride = max(1, math.ceil(rows / 24))
-    ax.set_yticks(np.arange(0, rows, stride) + 0.5, list(units)[::stride])
-    ax.set_xlabel("optimizer steps completed")
-    ax.set_ylabel("head")
-    bar = figure.colorbar(mesh, ax=ax, pad=0.015, aspect=18)
-    bar.set_label(f"{metric} score", color=theme.ink, fontsize=TEXT)
-    bar.ax.tick_params(colors=theme.muted, labelcolor=theme.ink, labelsize=SMALL)
-    if chance is not None:
-        bar.ax.axhline(chance, color="white", linewidth=3.2)
-        bar.ax.axhline(chance, color="black", linewidth=1.4)
-    if target is not None and target in units:
-        row = list(units).index(target)
-        ax.add_patch(
-            Rectangle(
-                (0.0, row),
-                1.0,
-                1.0,
-                transform=ax.get_yaxis_transform(),
-                fill=False,
-                edgecolor="white",
-                linewidth=2.4,
-                clip_on=False,
-            )
-        )
-        label = ax.get_yticklabels()[row // stride] if row % stride == 0 else None
-        if label is not None:
-            label.set_fontweight("bold")
-    for where, name, style in zip(window, ("start", "mid", "end"), ("-", ":", "-"), strict=True):
-        if where is None:
-            continue
-        ax.axvline(where, color="white", linewidth=2.2, linestyle=style)
-        ax.annotate(
-            name,
-            (where, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right" if name == "start" else "left" if name == "end" else "center",
-            color=theme.ink,
-            fontsize=SMALL,
-        )
-    return figure
-
-
-def _edges(steps: Floats) -> Floats:
-    """Column edges halfway between evaluations, so that each colour sits on its step."""
-    if steps.size == 1:
-        return np.array([steps[0] - 0.5, steps[0] + 0.5])
-    middle = (steps[1:] + steps[:-1]) / 2
-    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
 
 
 def arm_curves(
