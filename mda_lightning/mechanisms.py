@@ -59,6 +59,10 @@ class Mechanism(Protocol):
         """The same mechanism, probed with these token ids."""
         ...
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model cannot be measured so; called before training."""
+        ...
+
     def scores(self, model: PreTrainedModel) -> UnitScores:
         """μ of every head, [L, heads]; no gradient, no random number, the model as before."""
         ...
@@ -83,6 +87,7 @@ class _HeadMechanism(ABC):
             the model's configuration tells.
     """
 
+    name: ClassVar[str]
     n_sequences: int = 100
     n_probe_sequences: int = 100
     seed: int = 0
@@ -117,6 +122,16 @@ class _HeadMechanism(ABC):
     def chance(self) -> float:
         # It depends on the lengths alone; without ids any as many as the longest sequence will do.
         return self._probes("mu", self.token_ids or tuple(range(self.length[1]))).chance
+
+    def check(self, model: PreTrainedModel) -> None:
+        longest = self._draw("mu", partial(self._probes, "mu"), model).tokens.shape[1]
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{self.name}: sequences of {longest} tokens are longer than the model's context "
+                f"of {limit} (max_position_embeddings); give shorter ones, "
+                f"mechanism({self.name!r}, length=(low, high)), now length={self.length}"
+            )
 
     def scores(self, model: PreTrainedModel) -> UnitScores:
         return self._measure(self._draw("mu", partial(self._probes, "mu"), model), model)

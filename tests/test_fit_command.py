@@ -21,7 +21,7 @@ def corpus(tmp_path: Path) -> Path:
     texts.mkdir()
     for i in range(20):
         (texts / f"{i}.txt").write_text(f"the name of {i} is item-{i * 7919 % 997}. " * 60)
-    arguments = ["--input", str(texts), "--sequence-length", "32", "--vocab-size", "300"]
+    arguments = ["--input", str(texts), "--sequence-length", "48", "--vocab-size", "300"]
     assert main(["data", "text", str(tmp_path / "rows"), *arguments]) == 0
     return tmp_path / "rows"
 

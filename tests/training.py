@@ -92,6 +92,9 @@ class CurveMechanism:
     def with_token_ids(self, token_ids: list[int]) -> CurveMechanism:
         return self
 
+    def check(self, model: Any) -> None:
+        pass
+
     def scores(self, model: Any) -> UnitScores:
         mean = torch.as_tensor(self._curve(self._clock.step), dtype=torch.float32)
         return UnitScores(mean, torch.full_like(mean, 0.01))

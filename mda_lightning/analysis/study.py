@@ -165,6 +165,11 @@ def read_head_curves(path: str | Path, metric: str) -> HeadCurves:
     if chosen.empty:
         logged = ", ".join(sorted(map(str, frame["metric"].unique()))) or "nothing"
         raise StudyError(f"{path} holds no metric {metric!r}: it logged {logged}")
+    chosen = chosen.dropna(subset=["layer", "head"])
+    if chosen.empty:
+        raise StudyError(f"{path}: {metric!r} is a number of the whole model, not one a head")
+    # Beside numbers of the whole model, which have no head, Parquet reads heads as floats.
+    chosen = chosen.astype({"layer": int, "head": int})
     wide = chosen.pivot_table(
         index="step", columns=["layer", "head"], values="value", aggfunc="last", dropna=False
     ).sort_index(axis=1)

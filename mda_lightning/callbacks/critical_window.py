@@ -18,7 +18,7 @@ from mda_lightning.callbacks.attachment import (
     warn_of_other_folder,
 )
 from mda_lightning.callbacks.checkpoint_ring import CheckpointRing
-from mda_lightning.callbacks.loggers import alert, log_scalars, run_folder
+from mda_lightning.callbacks.loggers import alert, log_scalars, log_summary, run_folder
 from mda_lightning.callbacks.unit_monitor import Measurement, UnitMonitor
 from mda_lightning.callbacks.window_follower import Edge, Phase, WindowFollower
 from mda_lightning.callbacks.window_report import window_report
@@ -60,6 +60,7 @@ class CriticalWindow(pl.Callback):
     ``<mechanism>/n_rising``        watched heads inside their window
     ``<mechanism>/n_formed``        watched heads whose window has closed
     alert (W&B)                     a window opened, closed or lapsed
+    summary (W&B)                   ``<mechanism>/window_{status,target,start,end}``, at the end
     ==============================  ==============================================================
 
     In the run's folder: ``window.json`` (rewritten whenever a window opens or closes, and at the
@@ -166,6 +167,7 @@ class CriticalWindow(pl.Callback):
             return
         check_strategy(trainer, "CriticalWindow")
         self._monitor = self._find_monitor(trainer)
+        self._monitor.add_follower(self)
         measured, layout = self._monitor.mechanism(self.mechanism), self._monitor.layout
         assert measured is not None and layout is not None
         if self.target is not None:
@@ -211,6 +213,7 @@ class CriticalWindow(pl.Callback):
         if self.follower.phase != "closed":
             self._promote(trainer)
         self._write(trainer)
+        self._summarise(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._monitor = None
@@ -303,12 +306,12 @@ class CriticalWindow(pl.Callback):
         kind: Literal["opened", "closed", "lapsed"] = event.kind  # type: ignore[assignment]
         one = Announcement(kind, self.mechanism, unit, event.step, event.start, event.reason)
         score = float(new.value.reshape(-1)[event.unit_index])
-        text = f"step {event.step}, window from step {event.start}, score {score:.3f}"
-        alert(
-            trainer,
-            f"{self.mechanism}: window of {unit} {kind}",
-            text if event.reason is None else f"{text}, {event.reason}",
-        )
+        reason = "" if event.reason is None else f", {event.reason}"
+        title = f"{self.mechanism}: window of {unit} {kind}"
+        text = f"window from step {event.start}, score {score:.3f}{reason}"
+        alert(trainer, title, f"step {event.step}, {text}")
+        assert self._monitor is not None
+        self._monitor.note(event.step, f"{title} ({text})")
         for follow in list(self._subscribers):
             follow(one)
 
@@ -323,6 +326,18 @@ class CriticalWindow(pl.Callback):
                 for edge, (step, path) in self.checkpoints.items()
             },
             n_lost=self._ring.n_failed,
+        )
+
+    def _summarise(self, trainer: pl.Trainer) -> None:
+        report, found = self.report(), self.window
+        log_summary(
+            trainer,
+            {
+                f"{self.mechanism}/window_status": report["status"],
+                f"{self.mechanism}/window_target": report["target"],
+                f"{self.mechanism}/window_start": None if found is None else found[1].start,
+                f"{self.mechanism}/window_end": None if found is None else found[1].end,
+            },
         )
 
     def _write(self, trainer: pl.Trainer) -> None:

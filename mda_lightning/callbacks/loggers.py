@@ -10,7 +10,7 @@ rows carry ``trainer/global_step``; ``step=`` of ``wandb.log`` is never used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 
 Summary = Literal["min", "max", "mean", "last"]
+STEP_KEY = "trainer/global_step"
 
 
 def log_scalars(
@@ -42,22 +43,40 @@ def log_scalars(
         logger.log_metrics(dict(values), step=step)
 
 
-def define_summaries(trainer: pl.Trainer, summaries: Mapping[str, Summary]) -> None:
-    """Tell W&B which statistic of a key the run's summary shows, over ``trainer/global_step``."""
+def define_metrics(
+    trainer: pl.Trainer, families: Iterable[str], summaries: Mapping[str, Summary]
+) -> None:
+    """Tell W&B that keys go by ``trainer/global_step``, and what its run summary shows of some.
+
+    Args:
+        families: first parts of keys: ``icl`` and everything under ``icl/``.
+        summaries: whole keys, and which statistic of each the summary keeps.
+    """
     for run in _wandb_runs(trainer):
+        for family in families:
+            for key in (family, f"{family}/*"):
+                run.define_metric(key, step_metric=STEP_KEY)
         for key, summary in summaries.items():
-            run.define_metric(key, step_metric="trainer/global_step", summary=summary)
+            run.define_metric(key, step_metric=STEP_KEY, summary=summary)
 
 
-def log_image(trainer: pl.Trainer, key: str, image: NDArray[np.uint8], *, step: int) -> None:
-    """Show ``image`` [height, width, 3] on the loggers that can (W&B, TensorBoard)."""
+def log_summary(trainer: pl.Trainer, values: Mapping[str, str | int | float | None]) -> None:
+    """Put ``values`` into W&B's summary of the run, one number or word each."""
+    for run in _wandb_runs(trainer):
+        run.summary.update(dict(values))
+
+
+def log_image(
+    trainer: pl.Trainer, key: str, image: Callable[[], NDArray[np.uint8]], *, step: int
+) -> None:
+    """Show ``image()`` [height, width, 3] on the loggers that can (W&B, TensorBoard)."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(key, [image], step=step)
+            logger.log_image(key, [image()], step=step)
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(key, image, global_step=step, dataformats="HWC")
+            logger.experiment.add_image(key, image(), global_step=step, dataformats="HWC")
 
 
 def alert(trainer: pl.Trainer, title: str, text: str) -> None:
@@ -102,7 +121,7 @@ class LiveTable:
                 self._tables[run.id] = table
             for row in rows:
                 table.add_data(*row)
-            run.log({self._key: table, "trainer/global_step": step})
+            run.log({self._key: table, STEP_KEY: step})
 
 
 def run_folder(trainer: pl.Trainer, folder: str | None) -> Path:

@@ -4,48 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from mda_lightning.analysis.live import Event, RunState
 from mda_lightning.architectures import ModelLayout, describe, find_language_model
 from mda_lightning.callbacks.attachment import (
-    build_mechanism,
     check_strategy,
     is_rehearsal,
     state_key,
     versions,
 )
-from mda_lightning.callbacks.heatmap import heads_over_steps, write_png
-from mda_lightning.callbacks.loggers import (
-    LiveTable,
-    define_summaries,
-    log_image,
-    log_scalars,
-    run_folder,
-)
-from mda_lightning.callbacks.metric_table import COLUMNS, MetricTable
-from mda_lightning.callbacks.probe_scope import probe_scope
-from mda_lightning.files import atomic_path
+from mda_lightning.callbacks.live_report import Follower, LiveReport
+from mda_lightning.callbacks.loggers import define_metrics, log_scalars, log_summary, run_folder
+from mda_lightning.callbacks.measuring import Measuring, NotFinite, Stopwatch
+from mda_lightning.callbacks.metric_keys import ScalarKeys, best_head
+from mda_lightning.callbacks.metric_table import Measurement, MetricTable
+from mda_lightning.callbacks.monitor_output import TABLE_NAME, MonitorOutput
+from mda_lightning.callbacks.pace import Pace
+from mda_lightning.measures import Measure
 from mda_lightning.mechanisms import Mechanism
+from mda_lightning.vocabulary import TokenizerLike
 
-TABLE_NAME = "unit_metrics.parquet"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One metric of all heads after ``step`` updates; ``value`` and ``se`` are [L, H]."""
-
-    step: int
-    metric: str
-    value: NDArray[np.float32]
-    se: NDArray[np.float32]
+__all__ = ["TABLE_NAME", "Measurement", "UnitMonitor"]
 
 
 class UnitMonitor(pl.Callback):
@@ -55,30 +39,48 @@ class UnitMonitor(pl.Callback):
     training (:func:`mda_lightning.callbacks.probe_scope.probe_scope`).
 
     ==============================  ==============================================================
-    logged, per mechanism           meaning
+    logged                          meaning
     ==============================  ==============================================================
-    ``<mechanism>/max``             highest head's score
-    ``<mechanism>/mean``            mean over all heads
-    ``<mechanism>/L<l>H<h>``        the ``top_k`` heads that have been highest so far
-    ``<mechanism>/heads`` (image)   heads by steps, every ``write_every_n_steps`` and at the end
+    ``<key>/max``                   highest head's score
+    ``<key>/mean``                  mean over all heads
+    ``<key>/L<l>H<h>``              the ``top_k`` heads that have been highest so far
+    ``<key>``, ``<key>_se``         a number of the whole model and its standard error
+    ``<key>/heads`` (image)         heads by steps and layers by heads
+    ``<key>/curve`` (image)         a number of the whole model over steps
     ``unit_metrics`` (W&B table)    all heads: step, layer, head, metric, value, se
+    summary (W&B)                   the head that was highest, at the end
     ==============================  ==============================================================
 
-    In the run's folder: ``unit_metrics.parquet`` (the same columns) and ``<mechanism>.png``.
+    ``<key>`` is a mechanism's name, or a measure's key, as ``ablation/logit``.
+
+    In the run's folder: ``live.html``, a page that shows the run while it goes on;
+    ``unit_metrics.parquet`` (the same columns as the table); a picture of every key.
 
     Args:
         mechanisms: names, or :class:`~mda_lightning.mechanisms.Mechanism` objects.
+        measures: names, or :class:`~mda_lightning.measures.Measure` objects: what is watched
+            beside the mechanisms. One without a rate of its own is taken at every tenth
+            measurement.
         every_n_steps: optimizer steps between measurements.
+        quiet_every_n_steps: optimizer steps between measurements while nothing happens: no
+            attention score of a head has moved by more than ``tolerance`` within five such
+            intervals, and no ``CriticalWindow`` is in a window or warned of one. A multiple of
+            ``every_n_steps``; None keeps one rate.
+        tolerance: see there, in units of attention probability.
         model: dotted name of the language model inside the LightningModule; None finds the one.
         token_ids: token ids that probe sequences are drawn from; None takes those of the model's
             tokenizer as far as its configuration tells.
+        tokenizer: its path, name or object, instead of ``token_ids``: the ids that it uses.
         top_k: heads logged as scalars; all heads are in the table.
         folder: where to write; None is ``mda/`` in the first logger's folder.
-        write_every_n_steps: steps between rewritings of the files; they are also written at the
-            end and on an exception.
+        write_every_n_steps: steps between rewritings of the files at least; they are also written
+            at the end and on an exception. Where it would cost more than 0.3% of the time they
+            wait, pictures for a minute at least.
+        live: whether to write the page.
 
     Raises:
-        ValueError: an unknown mechanism, or two of one name.
+        ValueError: an unknown mechanism or measure, or two of one name; at ``setup``, sequences
+            longer than the model's context, or a tokenizer with ids that the model lacks.
         UnsupportedModelError, UnsupportedTrainerError: at ``setup``.
     """
 
@@ -86,44 +88,64 @@ class UnitMonitor(pl.Callback):
         self,
         mechanisms: Sequence[str | Mechanism] = ("induction", "previous_token"),
         *,
+        measures: Sequence[str | Measure] = (),
         every_n_steps: int = 10,
+        quiet_every_n_steps: int | None = None,
+        tolerance: float = 0.02,
         model: str | None = None,
         token_ids: Sequence[int] | None = None,
+        tokenizer: TokenizerLike | None = None,
         top_k: int = 4,
         folder: str | None = None,
         write_every_n_steps: int = 500,
+        live: bool = True,
     ) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: measure at least every step, 1")
-        self.every_n_steps = every_n_steps
-        self.mechanisms = [build_mechanism(wanted, token_ids) for wanted in mechanisms]
-        names = [m.name for m in self.mechanisms]
-        if len(set(names)) < len(names) or not names:
-            raise ValueError(f"mechanisms {names}: give at least one, each of another name")
+        self.pace = Pace(every_n_steps, quiet_every_n_steps, tolerance=tolerance)
+        self.measuring = Measuring(mechanisms, measures, token_ids=token_ids, tokenizer=tokenizer)
         self.table = MetricTable()
         self.folder: Path | None = None
         self.layout: ModelLayout | None = None
         self._model_name = model
         # Kept: Lightning asks for the key at every hook of every step.
-        self._state_key = state_key("UnitMonitor", {"mechanisms": self._settings(), "model": model})
+        arguments = {
+            "mechanisms": {m.name: m.settings() for m in self.mechanisms},
+            "measures": [m.name for m in self.measures],
+            "model": model,
+        }
+        self._state_key = state_key("UnitMonitor", arguments)
         self._model: PreTrainedModel | None = None
-        self._top_k = top_k
         self._wanted_folder = folder
         self._write_every = write_every_n_steps
         self._subscribers: list[Callable[[Measurement], None]] = []
+        self._followers: list[Follower] = []
         self._seen_step = -1
-        self._highest: dict[str, NDArray[np.float32]] = {}
-        self._live_table = LiveTable("unit_metrics", COLUMNS)
-        self._sent: dict[str, int] = {}
-        self._reported: set[str] = set()
+        self._n_taken = 0
+        self._events: list[Event] = []
+        self._keys = ScalarKeys(top_k)
+        self._not_finite = NotFinite()
+        self._stopwatch = Stopwatch()
+        self._output = MonitorOutput()
+        self._page = LiveReport(write_every_n_steps) if live else None
 
     # -- for other code -----------------------------------------------------------------------
 
+    @property
+    def every_n_steps(self) -> int:
+        """Steps between measurements at the dense rate."""
+        return self.pace.every_n_steps
+
+    @property
+    def mechanisms(self) -> list[Mechanism]:
+        return self.measuring.mechanisms
+
+    @property
+    def measures(self) -> list[Measure]:
+        return self.measuring.measures
+
     def latest(self, metric: str) -> Measurement | None:
-        """The last measurement of a mechanism by name, or None before the first."""
-        found = self.table.latest(metric)
-        return None if found is None else Measurement(found[0], metric, found[1], found[2])
+        """The last measurement under a key, or None before the first."""
+        return self.table.latest(metric)
 
     def subscribe(self, follow: Callable[[Measurement], None]) -> Callable[[], None]:
         """Call ``follow`` with every measurement; returns what ends the subscription."""
@@ -134,6 +156,15 @@ class UnitMonitor(pl.Callback):
         """The mechanism of that name, if this monitor measures it."""
         return next((m for m in self.mechanisms if m.name == name), None)
 
+    def add_follower(self, follower: Follower) -> None:
+        """Measure densely while ``follower`` is warned of a window or in one, and show it."""
+        if not any(one is follower for one in self._followers):
+            self._followers.append(follower)
+
+    def note(self, step: int, text: str) -> None:
+        """Put a line among the page's events."""
+        self._events.append(Event(step, text))
+
     # -- Lightning ----------------------------------------------------------------------------
 
     @property
@@ -141,10 +172,19 @@ class UnitMonitor(pl.Callback):
         return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
-        return {"schema_version": 1, "table": self.table.state_dict()}
+        return {
+            "schema_version": 2,
+            "table": self.table.state_dict(),
+            "n_taken": self._n_taken,
+            "pace": self.pace.state_dict(),
+            "events": [[one.step, one.text] for one in self._events],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.table.load_state_dict(state_dict["table"])
+        self._n_taken = int(state_dict["n_taken"])
+        self.pace.load_state_dict(state_dict["pace"])
+        self._events = [Event(int(step), str(text)) for step, text in state_dict["events"]]
         self._take_up_table()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -153,18 +193,35 @@ class UnitMonitor(pl.Callback):
         check_strategy(trainer, "UnitMonitor")
         self._model = find_language_model(pl_module, self._model_name)
         self.layout = describe(self._model)
+        self.measuring.attach(self._model)
         self.folder = run_folder(trainer, self._wanted_folder)
         if trainer.global_step == 0:
             # A checkpoint's table, if there is one, is loaded after this.
             self.table = MetricTable()
+            self._n_taken, self._events = 0, []
+            self.pace.load_state_dict({"moving": False})
             self._take_up_table()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        define_summaries(trainer, {f"{m.name}/max": "max" for m in self.mechanisms})
+        assert self.layout is not None
+        define_metrics(
+            trainer,
+            [m.name for m in self.mechanisms] + [m.name for m in self.measures],
+            {f"{m.name}/max": "max" for m in self.mechanisms},
+        )
         self._seen_step = trainer.global_step
-        last = max((self.table.last_step(m) or 0 for m in self.table.metrics), default=-1)
-        if last < trainer.global_step and trainer.global_step % self.every_n_steps == 0:
+        self._stopwatch = Stopwatch()
+        self._output.begin()
+        if self._page is not None:
+            self._page.begin(
+                type(pl_module).__name__,
+                f"{self.layout.model_type}, {self.layout.n_layers} layers of "
+                f"{self.layout.n_heads} heads · {self.folder}",
+                step=trainer.global_step,
+            )
+        if self.table.last_step < trainer.global_step:
             self._measure(trainer, pl_module, trainer.global_step, in_batch=False)
+        self._show(trainer)
 
     def on_train_batch_end(
         self,
@@ -178,104 +235,115 @@ class UnitMonitor(pl.Callback):
         if step == self._seen_step:
             return  # a micro-batch of an accumulated step
         self._seen_step = step
-        if step % self.every_n_steps == 0:
-            self._measure(trainer, pl_module, step, in_batch=True)
+        self._measure(trainer, pl_module, step, in_batch=True)
         if step % self._write_every == 0:
-            self._write(trainer, step, images=True)
+            self._write(trainer, final=False)
+        if self._page is not None and self._page.is_due(step):
+            self._show(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, trainer.global_step, images=True)
+        self._write(trainer, final=True)
+        self._show(trainer, "finished")
+        for metric in self.table.metrics:
+            log_summary(trainer, best_head(self.table, metric))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._write(trainer, trainer.global_step, images=False)
+        words = f"{type(exception).__name__}: {exception}".removesuffix(": ")[:200]
+        try:
+            self._show(trainer, "stopped", words)
+            self._write(trainer, final=True)
+        except OSError as error:  # the disk may be what the exception is about
+            warnings.warn(f"UnitMonitor could not write its files: {error}", stacklevel=2)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._model = None
+        self._followers = []
 
     # -- what it does -------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {m.name: m.settings() for m in self.mechanisms}
-
     def _take_up_table(self) -> None:
-        self._sent = {m: len(self.table.curves(m)[0]) for m in self.table.metrics}
-        self._highest = {m: self.table.curves(m)[1].max(0) for m in self.table.metrics}
+        self._output.take_up(self.table)
+        self._keys.take_up(self.table)
 
     def _measure(
         self, trainer: pl.Trainer, module: pl.LightningModule, step: int, *, in_batch: bool
     ) -> None:
+        on_grid = self.pace.is_due(step, asked=self._is_asked())
+        wanted = self.measuring.due(step, self._n_taken, on_grid=on_grid)
+        if not wanted:
+            return
         assert self._model is not None
-        measured: list[Measurement] = []
-        with probe_scope(self._model):
-            for mechanism in self.mechanisms:
-                scores = mechanism.scores(self._model)
-                grids = (_grid(scores.mean), _grid(scores.se))
-                if trainer.world_size > 1:
-                    # Decisions follow from these numbers, so every rank has rank 0's.
-                    grids = trainer.strategy.broadcast(grids)
-                measured.append(Measurement(step, mechanism.name, *grids))
+        with self._stopwatch.running(self._model.device):
+            measured = self.measuring.take(self._model, wanted, step=step)
+        if trainer.world_size > 1:
+            # Decisions follow from these numbers, so every rank has rank 0's.
+            measured = trainer.strategy.broadcast(measured)
         scalars: dict[str, float] = {}
         for one in measured:
             self._report_missing(one)
             self.table.append(step, one.metric, one.value, one.se)
-            scalars |= self._scalars(one)
+            scalars |= self._keys.scalars(one)
+        if on_grid:
+            self._n_taken += 1
+            self.pace.take(self.table.since(m.name, step - self.pace.span) for m in self.mechanisms)
         log_scalars(trainer, module, scalars, step=step, monitorable=in_batch)
         for one in measured:
             for follow in list(self._subscribers):
                 follow(one)
 
-    def _scalars(self, one: Measurement) -> dict[str, float]:
-        if not np.isfinite(one.value).any():
-            return {}
-        known = self._highest.get(one.metric, one.value)
-        highest = self._highest[one.metric] = np.fmax(known, one.value)
-        _, heads = one.value.shape
-        top = np.argsort(-np.nan_to_num(highest, nan=-np.inf).reshape(-1), kind="stable")
-        chosen = sorted(int(i) for i in top[: self._top_k])
-        return {
-            f"{one.metric}/max": float(np.nanmax(one.value)),
-            f"{one.metric}/mean": float(np.nanmean(one.value)),
-            **{
-                f"{one.metric}/L{i // heads}H{i % heads}": float(one.value.reshape(-1)[i])
-                for i in chosen
-            },
-        }
+    def _is_asked(self) -> bool:
+        return any(one.phase in ("warned", "open") for one in self._followers)
 
     def _report_missing(self, one: Measurement) -> None:
-        broken = np.flatnonzero(~np.isfinite(one.value).all(axis=1))
-        if len(broken) and one.metric not in self._reported:
-            self._reported.add(one.metric)
-            warnings.warn(
-                f"{one.metric} is not finite at step {one.step} in layer {int(broken[0])}"
-                f"{' and later ones' if len(broken) > 1 else ''}: the model's activations are not; "
-                "training goes on, and the table keeps NaN there",
-                stacklevel=2,
-            )
+        words = self._not_finite.words(one)
+        if words is not None:
+            self.note(one.step, words)
+            warnings.warn(words, stacklevel=2)
 
-    def _write(self, trainer: pl.Trainer, step: int, *, images: bool) -> None:
-        if is_rehearsal(trainer) or not trainer.is_global_zero or self.folder is None:
+    def _may_write(self, trainer: pl.Trainer) -> bool:
+        return trainer.is_global_zero and self.folder is not None and not is_rehearsal(trainer)
+
+    def _chances(self) -> dict[str, float]:
+        return {m.name: m.chance for m in self.mechanisms}
+
+    def _write(self, trainer: pl.Trainer, *, final: bool) -> None:
+        if not self._may_write(trainer):
             return
-        if not self.table.metrics:
-            return
+        assert self.folder is not None
         provenance = {
-            "mechanisms": self._settings(),
-            "every_n_steps": self.every_n_steps,
+            "mechanisms": {m.name: m.settings() for m in self.mechanisms},
+            "measures": {m.name: m.settings() for m in self.measures},
+            "every_n_steps": self.pace.every_n_steps,
+            "quiet_every_n_steps": self.pace.quiet_every_n_steps,
             "model_type": self.layout.model_type if self.layout else None,
             "versions": versions(),
         }
-        self.table.write(self.folder / TABLE_NAME, provenance=provenance)
-        for metric in self.table.metrics if images else ():
-            steps, values = self.table.curves(metric)
-            image = heads_over_steps(steps, values, metric=metric)
-            with atomic_path(self.folder / f"{metric}.png") as part:
-                write_png(image, part)
-            log_image(trainer, f"{metric}/heads", image, step=step)
-            new = self.table.rows(metric, self._sent.get(metric, 0))
-            self._live_table.send(trainer, new, step=step)
-            self._sent[metric] = len(steps)
+        self._output.write(
+            trainer,
+            self.table,
+            self.folder,
+            step=trainer.global_step,
+            provenance=provenance,
+            chances=self._chances(),
+            final=final,
+        )
 
-
-def _grid(values: Tensor) -> NDArray[np.float32]:
-    return values.detach().float().cpu().numpy()
+    def _show(self, trainer: pl.Trainer, state: RunState = "training", detail: str = "") -> None:
+        if self._page is None or not self._may_write(trainer):
+            return
+        assert self.folder is not None
+        self._page.write(
+            trainer,
+            self.folder,
+            table=self.table,
+            keys=self._keys,
+            chances=self._chances(),
+            followers=self._followers,
+            events=self._events,
+            rate=self.pace.words(asked=self._is_asked()),
+            measuring_seconds=self._stopwatch.seconds + self._output.seconds + self._page.seconds,
+            state=state,
+            detail=detail,
+        )
