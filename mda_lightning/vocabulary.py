@@ -26,13 +26,13 @@ class Vocabulary:
     Attributes:
         tokenizer: of the `tokenizers` library.
         ids: int64, ascending; every id that it can give.
-        added: those of special and of added tokens.
+        special: those that stand for no text: end of text, padding and their like.
         end_of_text: the id that closes a document, or None.
     """
 
     tokenizer: Tokenizer
     ids: Tensor
-    added: Tensor
+    special: Tensor
     end_of_text: int | None
 
     def check_fits(self, vocab_size: int) -> None:
@@ -77,16 +77,16 @@ def read_vocabulary(tokenizer: TokenizerLike) -> Vocabulary:
         raise ValueError("the tokenizer has no tokens; give one that was trained")
     if end_of_text is None:
         end_of_text = found.token_to_id(END_OF_TEXT)
-    added = (special | set(found.get_added_tokens_decoder())) & ids
-    return Vocabulary(found, _ids(ids), _ids(added), end_of_text)
+    special |= {i for i, token in found.get_added_tokens_decoder().items() if token.special}
+    return Vocabulary(found, _ids(ids), _ids(special & ids), end_of_text)
 
 
 def token_ids_of(tokenizer: TokenizerLike, model: PreTrainedModel) -> Tensor:
     """Token ids that a tokenizer really uses in running text, int64 [V'], ascending.
 
-    Special and added tokens (end of text, padding, runs of blanks that a tokenizer was given
-    later) are left out, and so are a model's ids beyond the tokenizer's, which pad its vocabulary
-    and were never trained. Probe sequences are drawn from these.
+    Special tokens (end of text, padding) are left out, and so are a model's ids beyond the
+    tokenizer's, which pad its vocabulary and were never trained. Tokens added later that are text,
+    such as runs of blanks, are kept. Probe sequences are drawn from these.
 
     Raises:
         ValueError: the tokenizer has ids that the model lacks, or no tokenizer can be read.
@@ -94,7 +94,7 @@ def token_ids_of(tokenizer: TokenizerLike, model: PreTrainedModel) -> Tensor:
     """
     vocabulary = read_vocabulary(tokenizer)
     vocabulary.check_fits(int(model.config.vocab_size))
-    return vocabulary.ids[~torch.isin(vocabulary.ids, vocabulary.added)]
+    return vocabulary.ids[~torch.isin(vocabulary.ids, vocabulary.special)]
 
 
 def _read(place: str | os.PathLike[str]) -> Tokenizer | PreTrainedTokenizerBase:

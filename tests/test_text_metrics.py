@@ -188,13 +188,13 @@ def test_bad_texts_name_the_way_out(tmp_path: Path, bpe: str) -> None:
 # -- vocabulary -------------------------------------------------------------------------------
 
 
-def test_token_ids_leave_out_special_added_and_padding_ids(bpe: str) -> None:
+def test_token_ids_leave_out_special_and_padding_ids(bpe: str) -> None:
     tokenizer = Tokenizer.from_str(bpe)
     size = tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([AddedToken("<pad>", special=True)])
     tokenizer.add_tokens(["        "])
     found = token_ids_of(tokenizer, random_neox(vocab_size=size + 60))
-    assert found.tolist() == list(range(1, size))
+    assert found.tolist() == [*range(1, size), size + 1]  # the added blanks are text
     assert read_vocabulary(tokenizer).end_of_text == 0
     with pytest.raises(ValueError, match=f"ids go up to {size + 1}, the model has {size + 1}"):
         token_ids_of(tokenizer, random_neox(vocab_size=size + 1))
@@ -212,8 +212,8 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_pythias_tokenizer_and_wikitext() -> None:
     tokenizer = SHARED / "20B_tokenizer.json"
     model = random_neox(vocab_size=50_304, hidden_size=16, n_layers=1)
-    # 0 and 1 are special, 50254..50276 runs of blanks that were added.
-    assert torch.equal(token_ids_of(tokenizer, model), torch.arange(2, 50_254))
+    # 0 and 1 are special; 50254..50276, added runs of blanks, are text.
+    assert torch.equal(token_ids_of(tokenizer, model), torch.arange(2, 50_277))
     wikitext = SHARED / "wikitext2" / "wiki.valid.raw.gz"
     rows = text_rows(wikitext, row_length=513, n_rows=128, tokenizer=tokenizer, vocab_size=50_304)
     assert rows.shape == (128, 513)
