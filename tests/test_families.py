@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import nn
 from mda_lightning.architectures import UnsupportedModelError, describe, find_language_model
 from mda_lightning.curvature import SubspaceEKFAC
 from mda_lightning.families import FAMILIES
+from mda_lightning.family_check import check_family
 from mda_lightning.gradients import probe_gradients
 from mda_lightning.influence import TrainingStepScorer, replay_scores
 from mda_lightning.mechanisms import mechanism
@@ -193,3 +196,31 @@ def test_every_family_is_tested_and_others_are_refused() -> None:
 def test_a_head_out_of_range_is_named(unit: Head, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         describe(random_model("gpt2")).block(unit, "QK")
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_check_of_a_row_passes_for_every_family(family: str) -> None:
+    model = random_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_family(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "message"),
+    [
+        ("gpt_neox", {"fused": "by_kind"}, "changing the QK block of L0H"),
+        ("gpt2", {"fused": "by_head"}, "changing the QK block of L0H"),
+        ("llama", {"q": "v_proj", "v": "q_proj"}, "changing the V block of L0H"),
+        ("llama", {"parallel": True}, "the ablation of L0H0 differs"),
+        ("llama", {"mlp_norm": "input_layernorm"}, "the ablation of L0H0 differs"),
+        ("olmo2", {"norms": "before"}, "the ablation of L0H0 differs"),
+        ("olmo2", {"norms_across_heads": False}, "changing the QK block of L0H"),
+    ],
+)
+def test_the_check_finds_a_wrong_row(
+    monkeypatch: pytest.MonkeyPatch, family: str, wrong: dict, message: str
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **wrong))
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_family(random_model(family))
