@@ -1,4 +1,4 @@
-"""Companions to the mechanisms' scores: in-context learning, copying, attention on text.
+"""Companions to the mechanisms' scores: ablation, in-context learning, copying, attention on text.
 
 Each satisfies :class:`mda_lightning.measures.Measure`. The text is read once, at ``check``, or at
 the first measurement.
@@ -7,17 +7,18 @@ the first measurement.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import describe, real_token_ids
+from mda_lightning.architectures import ModelLayout, describe, real_token_ids
 from mda_lightning.evaluation_text import TextSource, describe_text, own_row_length, text_rows
 from mda_lightning.files import sha256_of
-from mda_lightning.metrics import AttentionScore, UnitScores
+from mda_lightning.metrics import AblationContribution, AttentionScore, UnitScores
+from mda_lightning.metrics.ablation import Replacement
 from mda_lightning.metrics.copying import CopyingScore, copying_sequences
 from mda_lightning.metrics.icl import (
     ICLScore,
@@ -27,10 +28,76 @@ from mda_lightning.metrics.icl import (
     context_limit,
     icl_positions,
 )
-from mda_lightning.probes import ProbeSet, prefix_matching_sequences, previous_token_sequences
+from mda_lightning.probes import (
+    ProbeSet,
+    ablation_sequences,
+    prefix_matching_sequences,
+    previous_token_sequences,
+)
 from mda_lightning.vocabulary import TokenizerLike
 
 DEFAULT_CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Ablation logit contribution of every head (Eq. 39): ``ablation/logit``, ``/centred``,
+    ``/logprob``, each positive where the head helps to predict the copy.
+
+    Attributes:
+        every_n_steps: optimizer steps between measurements; None leaves it to the monitor.
+        replacement: what takes the place of a head's output: "zero", "mean" or "resample".
+        n_sequences, length: of the probe set, ``[prefix] A B C [gap] A B``.
+        seed: of the probe set; another one than those of μ and f, which it is to confirm.
+        token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
+            the model's configuration tells.
+    """
+
+    name: ClassVar[str] = "ablation"
+    every_n_steps: int | None = None
+    replacement: Replacement = "zero"
+    n_sequences: int = 100
+    length: int = 32
+    seed: int = 2
+    token_ids: tuple[int, ...] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["every_n_steps"]
+        return values
+
+    def with_token_ids(self, token_ids: list[int]) -> Self:
+        return replace(self, token_ids=tuple(int(i) for i in token_ids))
+
+    def check(self, model: PreTrainedModel) -> None:
+        layout = describe(model)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and self.length > longest:
+            raise ValueError(
+                f"ablation sequences of {self.length} tokens are longer than the model's context "
+                f"of {longest}; give Ablation(length={longest}) or less"
+            )
+        self._metric(model, layout)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, UnitScores]:
+        metric = self._metric(model, describe(model))
+        metric.update(model)
+        return {f"{self.name}/{key}": scores for key, scores in metric.compute().items()}
+
+    def _metric(self, model: PreTrainedModel, layout: ModelLayout) -> AblationContribution:
+        ids = self.token_ids or tuple(real_token_ids(model).tolist())
+        probes = ablation_sequences(
+            ids, seed=self.seed, n_sequences=self.n_sequences, length=self.length
+        )
+        # Every rank measures the same sequences: added up, they would count twice.
+        return AblationContribution(
+            probes,
+            n_layers=layout.n_layers,
+            n_heads=layout.n_heads,
+            replacement=self.replacement,
+            seed=self.seed,
+            sync_on_compute=False,
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -97,7 +97,7 @@ def _check_blocks(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, l
 
 
 class _changed:
-    """Within the block each of a head's rows is scaled by another factor; norms undo a common one."""
+    """Within the block each of a head's rows is scaled by its own factor, which no norm undoes."""
 
     def __init__(self, model: PreTrainedModel, layout: ModelLayout, unit: Head, name: str) -> None:
         block = layout.block(unit, name)  # type: ignore[arg-type]

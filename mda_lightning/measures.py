@@ -7,21 +7,20 @@ is only watched: ablation contribution, in-context learning, copying, attention 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import ModelLayout, describe, real_token_ids
 from mda_lightning.companion_measures import (
+    Ablation,
     Copying,
     InContextLearning,
     PrefixMatching,
     PreviousTokenOnText,
 )
-from mda_lightning.metrics import AblationContribution, UnitScores
-from mda_lightning.metrics.ablation import Replacement
-from mda_lightning.probes import ablation_sequences
+from mda_lightning.mechanisms import MECHANISMS, Mechanism, mechanism
+from mda_lightning.metrics import UnitScores
 
 
 @runtime_checkable
@@ -59,68 +58,36 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """Ablation logit contribution of every head (Eq. 39): ``ablation/logit``, ``/centred``,
-    ``/logprob``, each positive where the head helps to predict the copy.
+class Mu:
+    """A mechanism's μ as a measure: watched at a rate of its own, and not attributed.
 
     Attributes:
+        mechanism: whose μ.
         every_n_steps: optimizer steps between measurements; None leaves it to the monitor.
-        replacement: what takes the place of a head's output: "zero", "mean" or "resample".
-        n_sequences, length: of the probe set, ``[prefix] A B C [gap] A B``.
-        seed: of the probe set; another one than those of μ and f, which it is to confirm.
-        token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
-            the model's configuration tells.
     """
 
+    mechanism: Mechanism
     every_n_steps: int | None = None
-    replacement: Replacement = "zero"
-    n_sequences: int = 100
-    length: int = 32
-    seed: int = 2
-    token_ids: tuple[int, ...] | None = None
-    name: str = field(default="ablation", init=False)
+
+    @property
+    def name(self) -> str:
+        return self.mechanism.name
 
     def settings(self) -> dict[str, Any]:
-        values = asdict(self)
-        del values["every_n_steps"], values["name"]
-        return values
+        return self.mechanism.settings()
 
     def with_token_ids(self, token_ids: list[int]) -> Self:
-        return replace(self, token_ids=tuple(int(i) for i in token_ids))
+        return replace(self, mechanism=self.mechanism.with_token_ids(token_ids))
 
     def check(self, model: PreTrainedModel) -> None:
-        layout = describe(model)
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and self.length > longest:
-            raise ValueError(
-                f"ablation sequences of {self.length} tokens are longer than the model's context "
-                f"of {longest}; give Ablation(length={longest}) or less"
-            )
-        self._metric(model, layout)
+        self.mechanism.check(model)
 
     def measure(self, model: PreTrainedModel) -> dict[str, UnitScores]:
-        metric = self._metric(model, describe(model))
-        metric.update(model)
-        return {f"{self.name}/{key}": scores for key, scores in metric.compute().items()}
-
-    def _metric(self, model: PreTrainedModel, layout: ModelLayout) -> AblationContribution:
-        ids = self.token_ids or tuple(real_token_ids(model).tolist())
-        probes = ablation_sequences(
-            ids, seed=self.seed, n_sequences=self.n_sequences, length=self.length
-        )
-        # Every rank measures the same sequences: added up, they would count twice.
-        return AblationContribution(
-            probes,
-            n_layers=layout.n_layers,
-            n_heads=layout.n_heads,
-            replacement=self.replacement,
-            seed=self.seed,
-            sync_on_compute=False,
-        )
+        return {self.name: self.mechanism.scores(model)}
 
 
 MEASURES: dict[str, Callable[..., Measure]] = {
-    "ablation": Ablation,
+    Ablation.name: Ablation,
     InContextLearning.name: InContextLearning,
     Copying.name: Copying,
     PrefixMatching.name: PrefixMatching,
@@ -129,11 +96,15 @@ MEASURES: dict[str, Callable[..., Measure]] = {
 
 
 def measure(name: str, **settings: Any) -> Measure:
-    """A measure by name, with its settings.
+    """A measure by name, with its settings; a mechanism's name gives its μ (:class:`Mu`).
 
     Raises:
         ValueError: no measure has that name; the message lists those that exist.
     """
+    if name in MECHANISMS:
+        every_n_steps = settings.pop("every_n_steps", None)
+        return Mu(mechanism(name, **settings), every_n_steps)
     if name not in MEASURES:
-        raise ValueError(f"{name!r} is not a measure; there are: {', '.join(MEASURES)}")
+        names = ", ".join([*MEASURES, *MECHANISMS])
+        raise ValueError(f"{name!r} is not a measure; there are: {names}")
     return MEASURES[name](**settings)

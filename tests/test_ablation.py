@@ -9,6 +9,8 @@ import torch
 from models import COPY_VOCABULARY, OTHER_FAMILIES, copying_neox, random_model, random_neox
 
 from mda_lightning.architectures import describe, output_by_input
+from mda_lightning.measures import Measure, measure
+from mda_lightning.mechanisms import mechanism
 from mda_lightning.metrics import AblationContribution, ablation_drops
 from mda_lightning.probes import ablation_sequences, repeated_sequences
 
@@ -191,3 +193,30 @@ def test_bad_input_is_named() -> None:
         ablation_drops(model, one, replacement="resample")
     with pytest.raises(ValueError, match="at least 7"):
         ablation_sequences(range(1, 40), seed=0, length=6)
+
+
+def test_as_a_measure_it_has_its_own_rate_sequences_and_keys() -> None:
+    model = random_neox(n_heads=4)
+    found = measure("ablation", n_sequences=6, length=10, every_n_steps=7)
+    assert (found.name, found.every_n_steps) == ("ablation", 7)
+    found.check(model)
+    results = found.with_token_ids(list(range(1, 40))).measure(model)
+    drops = ablation_drops(
+        model, ablation_sequences(range(1, 40), seed=2, n_sequences=6, length=10)
+    )
+    assert set(results) == {"ablation/logit", "ablation/centred", "ablation/logprob"}
+    for key, scores in results.items():
+        expected = getattr(drops, key.split("/")[1]).mean(0)
+        torch.testing.assert_close(scores.mean, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="70 tokens are longer than the model's context of 64"):
+        measure("ablation", length=70).check(model)
+
+
+def test_a_mechanisms_name_gives_its_score_as_a_measure() -> None:
+    model = random_neox()
+    found = measure("previous_token", n_sequences=5, every_n_steps=30, token_ids=range(40))
+    expected = mechanism("previous_token", n_sequences=5, token_ids=range(40)).scores(model)
+    assert found.every_n_steps == 30 and isinstance(found, Measure)
+    assert torch.equal(found.measure(model)["previous_token"].mean, expected.mean)
+    with pytest.raises(ValueError, match="'ablatoin' is not a measure; there are: ablation"):
+        measure("ablatoin")
