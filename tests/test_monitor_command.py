@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ import pytest
 import torch
 from models import random_neox
 from PIL import Image
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 from training import Rows, StrangersModule
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM, OPTConfig
 
 from mda_lightning.checkpoints import ModelFolder, find_checkpoints
 from mda_lightning.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, main
+from mda_lightning.companion_measures import PreviousTokenOnText
+from mda_lightning.corpora.bpe import train_bpe
 from mda_lightning.influence import weights_hash
-from mda_lightning.measures import measure
+from mda_lightning.measures import MEASURES, measure
 from mda_lightning.metrics import InductionScore, PreviousTokenScore
 from mda_lightning.pretraining import PythiaModule
 from mda_lightning.recipes import monitor as recipe
@@ -132,6 +136,36 @@ def test_numbers_of_the_whole_model_have_no_head(run: Path, tmp_path: Path, caps
         own = table[(table["metric"] == key) & (table["step"] == 16)]
         assert own["value"].item() == scores.mean.item()
     assert len(list((tmp_path / "out").glob("heatmap-icl*.png"))) == 2
+
+
+def test_text_is_read_with_the_tokenizer_beside_the_weights(
+    run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    words = ["name", "of", "the", "other", "one", "and", "so", "it", "goes", "on", "again"]
+    text = " ".join(words[i * i % len(words)] for i in range(3000))
+    tokenizer = train_bpe([text], vocab_size=270, seed=0)
+    folder = tmp_path / "model" / "step3"
+    random_neox(seed=1, vocab_size=300).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    (tmp_path / "text.txt").write_text(text)
+    arguments = ["--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    command = ["monitor", str(folder), "--metrics", "icl,previous_token_text", *arguments]
+    with monkeypatch.context() as patch:
+        counts = counted(patch)
+        # The model has 64 positions, and this metric's rows are longer.
+        patch.setitem(MEASURES, "previous_token_text", partial(PreviousTokenOnText, length=32))
+        assert main(command) == EXIT_OK
+        (tmp_path / "text.txt").write_text(text[100:])
+        assert main(command) == EXIT_OK
+        assert counts["icl"] == counts["previous_token_text"] == 2  # another text, measured anew
+    model = GPTNeoXForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    encoded = Tokenizer.from_str(tokenizer).encode(text[100:]).ids
+    rows = torch.tensor(encoded[: 128 * 32]).view(128, 32)
+    with torch.no_grad():
+        patterns = torch.stack(model(rows, output_attentions=True).attentions, dim=1)
+    expected = patterns.diagonal(offset=-1, dim1=-2, dim2=-1).mean(dim=(0, -1))
+    found = grid(table_of(tmp_path / "out"), "previous_token_text", 3)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
 
 
 # -- weights that repeat ----------------------------------------------------------------------

@@ -22,6 +22,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mda_lightning.checkpoints.checkpoint import step_in
@@ -57,7 +62,8 @@ class HubRevision:
 
     @cached_property
     def _config_file(self) -> Path:
-        return self.download(CONFIG)
+        with _without_bars():  # it is small, and revisions are many
+            return self.download(CONFIG)
 
     @property
     def commit(self) -> str:
@@ -198,6 +204,18 @@ def _hub_errors(name: str, revision: str, file: str) -> Iterator[None]:
             f"{constants.ENDPOINT} did not give {file or 'the revisions'} of {name}@{revision}: "
             f"{first_line(error)}; what was fetched is kept, call again"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _offline_note() -> str:

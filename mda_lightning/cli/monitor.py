@@ -125,6 +125,10 @@ def _monitor(options: argparse.Namespace) -> int:
     from mda_lightning.recipes.monitor_metrics import DEFAULT_METRICS
 
     console = Console()
+    if options.quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
     with MonitorDisplay(console, quiet=options.quiet) as display:
         monitor_checkpoints(
             options.checkpoints,

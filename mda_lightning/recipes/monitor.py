@@ -49,6 +49,9 @@ DTYPES: Mapping[str, torch.dtype | None] = {
 }
 
 
+Doing = Literal["reading", "loading", "measuring", "writing"]
+
+
 class RepeatedWeightsError(ValueError):
     """A checkpoint's weights equal those of another step."""
 
@@ -57,12 +60,14 @@ class RepeatedWeightsError(ValueError):
 class MonitorProgress:
     """Where a call is: ``done`` of ``total`` checkpoints, and what is being done to which.
 
+    First the configurations of all are read, then each is loaded and measured.
+
     Attributes:
         remote: whether it comes from the hub, whose library may show its own bar.
         seconds_left: estimated from those measured in this call; None before the first.
     """
 
-    doing: Literal["reading", "loading", "measuring", "finished"]
+    doing: Doing
     done: int
     total: int
     label: str
@@ -153,9 +158,9 @@ def monitor_checkpoints(
         if run.measured:
             run.write(complete=False)
         raise
-    table = run.write(complete=True)
-    show(_progress("finished", len(found), found, found[-1], None))
-    return table
+    n = len(found)
+    show(MonitorProgress("writing", n, n, "the table and figures", False, None))
+    return run.write(complete=True)
 
 
 class _Run:
@@ -343,7 +348,7 @@ def _device(wanted: str) -> torch.device:
 
 
 def _progress(
-    doing: Literal["reading", "loading", "measuring", "finished"],
+    doing: Doing,
     done: int,
     found: Sequence[Checkpoint],
     checkpoint: Checkpoint,

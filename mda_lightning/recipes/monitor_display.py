@@ -54,7 +54,7 @@ class MonitorDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._bar.live.stop()
 
     def watch(self, now: MonitorProgress) -> None:
         """Show where the call is."""
@@ -62,18 +62,18 @@ class MonitorDisplay:
             return
         left = "" if now.seconds_left is None else f"about {_duration(now.seconds_left)} left"
         if self._console.is_terminal:
-            if now.remote and now.doing in ("reading", "loading"):
-                self._bar.stop()
+            if now.remote and now.doing == "loading":
+                self._bar.live.stop()
             else:
                 self._bar.start()
             self._bar.update(
                 self._task,
-                description=f"{now.doing} {now.label}",
+                description=f"{now.doing} {now.label}".strip(),
                 completed=now.done,
                 total=now.total,
                 left=left,
             )
-        elif now.doing != "finished" and time.monotonic() - self._printed >= _LINE_SECONDS:
+        elif time.monotonic() - self._printed >= _LINE_SECONDS:
             self._printed = time.monotonic()
             said = f"{now.doing} {now.label}: {now.done} of {now.total} done"
             self._console.print(f"{said}, {left}" if left else said, highlight=False)

@@ -31,7 +31,7 @@ def checkpoint_heatmap(
     """All heads (rows) over checkpoints (columns, evenly spaced).
 
     Colours run from 0 to the highest value; where values are negative, from blue over white at 0 to
-    red. What is not finite is grey.
+    red. What is not finite is hatched.
 
     Args:
         names: column names, [n]; usually steps.
@@ -39,7 +39,7 @@ def checkpoint_heatmap(
         units: row names, [U].
         chance: of an attention score, drawn as a tick on the colour bar; noise around it is kept
             from looking like a rise.
-        repeated: columns whose weights equal another's, [n]; their names get an asterisk.
+        repeated: columns whose weights equal another's, [n]; an asterisk stands above them.
         axis: what the names are.
     """
     table = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
@@ -47,7 +47,7 @@ def checkpoint_heatmap(
     per_row = 0.34 if rows <= 12 else 0.24 if rows <= 40 else 0.12
     figure, (ax,) = canvas(theme, min(11.0, 2.4 + max(1.4, per_row * rows)))
     ax.grid(False)
-    ax.set_facecolor(theme.muted)
+    ax.patch.set(facecolor=theme.page, edgecolor=theme.muted, hatch="xxx")
     highest, lowest = (float(table.max()), float(table.min())) if table.count() else (0.0, 0.0)
     least = 1e-6 if chance is None else max(2.0 * chance, _LEAST_SCALE)
     top = max(highest, least)
@@ -66,7 +66,7 @@ def checkpoint_heatmap(
     stride = max(1, math.ceil(rows / 24))
     ax.set_yticks(np.arange(0, rows, stride) + 0.5, list(units)[::stride])
     ax.set_ylabel("head")
-    _name_columns(ax, names, repeated, axis, offset=0.5)
+    _name_columns(ax, names, repeated, axis, theme, offset=0.5)
     bar = figure.colorbar(mesh, ax=ax, pad=0.015, aspect=18)
     bar.set_label(metric, color=theme.ink, fontsize=TEXT)
     bar.ax.tick_params(colors=theme.muted, labelcolor=theme.ink, labelsize=SMALL)
@@ -98,22 +98,36 @@ def checkpoint_curve(
         capsize=3,
     )
     ax.set_ylabel(metric)
-    _name_columns(ax, names, repeated, axis, offset=0.0)
+    _name_columns(ax, names, repeated, axis, theme, offset=0.0)
     return figure
 
 
 def _name_columns(
-    ax: Axes, names: Sequence[str], repeated: Sequence[bool], axis: str, *, offset: float
+    ax: Axes,
+    names: Sequence[str],
+    repeated: Sequence[bool],
+    axis: str,
+    theme: Theme,
+    *,
+    offset: float,
 ) -> None:
-    marks = [*repeated, *[False] * (len(names) - len(repeated))]
-    texts = [f"{name}*" if mark else name for name, mark in zip(names, marks, strict=True)]
     stride = max(1, math.ceil(len(names) / _LABELS))
-    shown = [i for i in range(len(names)) if i % stride == 0 or marks[i]]
-    crowded = sum(len(texts[i]) for i in shown) > 48
+    shown = range(0, len(names), stride)
+    crowded = sum(len(names[i]) for i in shown) > 48
     ax.set_xticks(
         [i + offset for i in shown],
-        [texts[i] for i in shown],
+        [names[i] for i in shown],
         rotation=90 if crowded else 0,
     )
-    note = "   (* weights equal another's)" if any(marks) else ""
+    for i in np.flatnonzero(repeated):
+        ax.annotate(
+            "*",
+            (i + offset, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            color=theme.ink,
+            fontsize=TEXT,
+        )
+    note = "   (* weights equal another's)" if any(repeated) else ""
     ax.set_xlabel(f"{axis}{note}")
