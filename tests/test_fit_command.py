@@ -32,11 +32,12 @@ def test_fit_trains_the_shipped_configuration_with_its_callbacks(
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(RECIPE.read_text())
     config["data"]["rows"] = str(corpus)
-    config["trainer"]["max_steps"] = config["data"]["n_steps"] = 12
+    config["trainer"]["max_steps"] = config["data"]["n_steps"] = 52
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", "run.yaml"]) == 0
     table = pd.read_parquet(tmp_path / "runs" / "embedded" / "unit_metrics.parquet")
-    assert sorted(table["step"].unique()) == [0, 10]
+    assert sorted(table["step"].unique()) == [0, 50]
+    assert {"induction", "previous_token", "ablation/logit"} <= set(table["metric"])
     assert len(table["layer"].unique()) == 3
     assert (tmp_path / "runs" / "embedded" / "csv" / "metrics.csv").is_file()
 
@@ -56,6 +57,9 @@ def test_the_shipped_configuration_is_the_quickstarts_base_run() -> None:
     assert config["model"]["warmup_steps"] == training.warmup_steps
     assert config["data"]["batch_size"] == training.batch_size
     assert config["trainer"]["max_steps"] == config["data"]["n_steps"] == training.max_steps
+    watching = config["trainer"]["callbacks"][0]["init_args"]
+    assert watching["every_n_steps"] == QUICKSTART.monitor.every_n_steps
+    assert watching["quiet_every_n_steps"] == QUICKSTART.monitor.quiet_every_n_steps
     scoring = config["trainer"]["callbacks"][-1]["init_args"]
     assert scoring["estimator"] == QUICKSTART.scoring.estimator
     assert tuple(scoring["replay_at"]) == QUICKSTART.scoring.replay_at

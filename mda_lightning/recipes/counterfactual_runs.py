@@ -20,6 +20,7 @@ from mda_lightning.corpora import TokenRows
 from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.files import read_json, write_json
 from mda_lightning.interventions import Plan
+from mda_lightning.measures import measure
 from mda_lightning.mechanisms import Mechanism, mechanism
 from mda_lightning.pretraining import PythiaModule
 from mda_lightning.recipes.settings import StudySettings
@@ -35,7 +36,9 @@ def run_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     settings, seed = StudySettings.from_dict(spec["settings"]), int(spec["seed"])
     rows = TokenRows.open(spec["corpus"])
-    monitored = _monitored(settings, rows, folder)
+    monitored = _monitored(
+        settings, rows, folder, quiet_every_n_steps=settings.monitor.quiet_every_n_steps
+    )
     scoring = settings.scoring
     trainer = _trainer(
         folder,
@@ -127,10 +130,31 @@ def _mechanism(settings: StudySettings, rows: TokenRows) -> Mechanism:
     )
 
 
-def _monitored(settings: StudySettings, rows: TokenRows, folder: Path) -> UnitMonitor:
+def _monitored(
+    settings: StudySettings,
+    rows: TokenRows,
+    folder: Path,
+    *,
+    quiet_every_n_steps: int | None = None,
+) -> UnitMonitor:
+    """Every head's μ, and companions on fewer sequences. Arms keep one rate, to be comparable."""
+    monitor = settings.monitor
+    ids = rows.token_ids.tolist()
+    every, half = monitor.companions_every_n_steps, max(2, monitor.n_sequences // 2)
+    watched = {
+        "previous_token": {"n_sequences": half, "token_ids": ids},
+        "ablation": {"n_sequences": half, "token_ids": tuple(ids)},
+        "icl": {"text": rows, "n_rows": min(32, len(rows))},
+    }
     return UnitMonitor(
         [_mechanism(settings, rows)],
-        every_n_steps=settings.monitor.every_n_steps,
+        measures=[
+            measure(name, every_n_steps=every, **values)
+            for name, values in watched.items()
+            if name != settings.mechanism
+        ],
+        every_n_steps=monitor.every_n_steps,
+        quiet_every_n_steps=quiet_every_n_steps,
         folder=str(folder),
     )
 

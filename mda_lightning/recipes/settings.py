@@ -85,9 +85,19 @@ class InterventionSettings:
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """μ: how often, on how many sequences, and over how many last evaluations an arm is judged."""
+    """μ: how often, on how many sequences, and over how many last evaluations an arm is judged.
+
+    Attributes:
+        every_n_steps: optimizer steps between measurements, in the base run while something
+            happens and in every arm.
+        quiet_every_n_steps: the same in the base run while nothing happens.
+        companions_every_n_steps: steps between measurements of the previous-token score, the
+            ablation contribution and in-context learning, which no arm is judged by.
+    """
 
     every_n_steps: int = 10
+    quiet_every_n_steps: int = 50
+    companions_every_n_steps: int = 500
     n_sequences: int = 100
     averaged_evaluations: int = 5
 
