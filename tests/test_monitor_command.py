@@ -142,7 +142,7 @@ def test_text_is_read_with_the_tokenizer_beside_the_weights(
     run: Path, tmp_path: Path, monkeypatch
 ) -> None:
     words = ["name", "of", "the", "other", "one", "and", "so", "it", "goes", "on", "again"]
-    text = " ".join(words[i * i % len(words)] for i in range(3000))
+    text = " ".join(words[i * i % len(words)] for i in range(6000))
     tokenizer = train_bpe([text], vocab_size=270, seed=0)
     folder = tmp_path / "model" / "step3"
     random_neox(seed=1, vocab_size=300).save_pretrained(folder)
