@@ -9,9 +9,17 @@ import sys
 import torch
 
 from benchmarks.ablation_speed import ablation
-from benchmarks.quickstart_costs import in_run, monitoring, replay
+from benchmarks.monitoring_costs import memory, pythia, quickstart
+from benchmarks.quickstart_costs import in_run, replay
 
-BENCHMARKS = {"monitoring": monitoring, "replay": replay, "in-run": in_run, "ablation": ablation}
+BENCHMARKS = {
+    "ablation": ablation,
+    "monitoring-pythia": pythia,
+    "monitoring-quickstart": quickstart,
+    "monitoring-memory": memory,
+    "replay": replay,
+    "in-run": in_run,
+}
 
 
 def main() -> int:

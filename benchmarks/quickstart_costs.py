@@ -1,4 +1,4 @@
-"""What watching and scoring cost beside training, at the quickstart's own shape."""
+"""What scoring costs beside training, at the quickstart's own shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.optim import AdamW
 from benchmarks.interleaved import interleaved, ratio
 from benchmarks.models import quickstart_module
 from mda_lightning.architectures import describe
-from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.influence import (
     SubspaceEKFAC,
     TrainingStepScorer,
@@ -51,25 +50,6 @@ class _Training:
     def steps(self) -> None:
         for tokens in self.tokens.split(self.batch):
             self.step(tokens)
-
-
-def monitoring(rounds: int) -> Rows:
-    """One measurement of every head, over the steps between two measurements."""
-    training = _Training()
-    induction = mechanism("induction", token_ids=range(1, QUICKSTART.corpus.vocab_size))
-
-    def measure() -> None:
-        with probe_scope(training.model):
-            induction.scores(training.model)
-
-    timings = interleaved({"measure": measure, "steps": training.steps}, rounds=rounds)
-    median, low, high = ratio(timings["measure"], timings["steps"])
-    scale = _STEPS / QUICKSTART.monitor.every_n_steps
-    every = QUICKSTART.monitor.every_n_steps
-    yield (
-        f"induction score of all heads every {every} steps / those steps",
-        (median * scale, low * scale, high * scale),
-    )
 
 
 def replay(rounds: int) -> Rows:

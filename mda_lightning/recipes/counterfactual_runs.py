@@ -36,7 +36,7 @@ def run_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     settings, seed = StudySettings.from_dict(spec["settings"]), int(spec["seed"])
     rows = TokenRows.open(spec["corpus"])
-    monitored = _monitored(
+    monitored = build_monitor(
         settings, rows, folder, quiet_every_n_steps=settings.monitor.quiet_every_n_steps
     )
     scoring = settings.scoring
@@ -66,7 +66,7 @@ def run_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
             ),
         ],
     )
-    trainer.fit(_module(settings, rows, seed), datamodule=_data(settings, rows, seed))
+    trainer.fit(build_module(settings, rows, seed), datamodule=build_data(settings, rows, seed))
     return {"window": read_json(folder / "window.json"), "stopped_at": trainer.global_step}
 
 
@@ -79,14 +79,14 @@ def run_arm(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings, seed = StudySettings.from_dict(spec["settings"]), int(spec["seed"])
     rows = TokenRows.open(spec["corpus"])
     plan = Plan.load(spec["plan"]) if spec["plan"] else None
-    data = _data(settings, rows, seed, plan=plan)
+    data = build_data(settings, rows, seed, plan=plan)
     trainer = _trainer(
         folder,
         spec,
         max_steps=int(spec["end"]),
-        callbacks=[_monitored(settings, rows, folder)],
+        callbacks=[build_monitor(settings, rows, folder)],
     )
-    trainer.fit(_module(settings, rows, seed), datamodule=data, ckpt_path=spec["checkpoint"])
+    trainer.fit(build_module(settings, rows, seed), datamodule=data, ckpt_path=spec["checkpoint"])
     return {"stopped_at": trainer.global_step}
 
 
@@ -130,7 +130,7 @@ def _mechanism(settings: StudySettings, rows: TokenRows) -> Mechanism:
     )
 
 
-def _monitored(
+def build_monitor(
     settings: StudySettings,
     rows: TokenRows,
     folder: Path,
@@ -159,7 +159,8 @@ def _monitored(
     )
 
 
-def _module(settings: StudySettings, rows: TokenRows, seed: int) -> PythiaModule:
+def build_module(settings: StudySettings, rows: TokenRows, seed: int) -> PythiaModule:
+    """The study's model, with its initial weights."""
     model, training = settings.model, settings.training
     return PythiaModule(
         {
@@ -179,9 +180,10 @@ def _module(settings: StudySettings, rows: TokenRows, seed: int) -> PythiaModule
     )
 
 
-def _data(
+def build_data(
     settings: StudySettings, rows: TokenRows, seed: int, *, plan: Plan | None = None
 ) -> TokenDataModule:
+    """The study's stream, changed by a plan or as it is."""
     return TokenDataModule(
         rows,
         batch_size=settings.training.batch_size,
