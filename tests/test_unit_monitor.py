@@ -6,16 +6,21 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from training import Clock, CurveMechanism, Rows, StrangersModule, fit, jump
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tokenizers import Tokenizer, models
+from training import Clock, CurveMechanism, FakeMeasure, StrangersModule, fit, jump
 
+from mda_lightning.analysis.study import StudyError, read_head_curves
 from mda_lightning.callbacks import CriticalWindow, InfluenceScoring, UnitMonitor
+from mda_lightning.callbacks.metric_table import MetricTable
+from mda_lightning.measures import measure
 from mda_lightning.mechanisms import mechanism
 
 
@@ -164,27 +169,141 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         fit(StrangersModule(), [small(folder=str(tmp_path / "file" / "x"))], tmp_path)
 
 
-def test_wandb_offline_gets_rows_table_and_image_without_an_account(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(save_dir=tmp_path, project="test", offline=True)
-    logged: list[dict] = []
-    real = logger.experiment.log
-    monkeypatch.setattr(
-        logger.experiment, "log", lambda row, **kw: (logged.append((row, kw)), real(row, **kw))
+def table_of(folder: Path) -> Any:
+    return pq.read_table(folder / "unit_metrics.parquet").to_pandas()
+
+
+def test_measures_are_taken_at_every_tenth_measurement_or_their_own_rate(tmp_path: Path) -> None:
+    for own, expected in ((None, [0, 20, 40]), (7, [0, 7, 14, 21, 28, 35, 42])):
+        clock = Clock()
+        fake = FakeMeasure(clock, every_n_steps=own)
+        monitor = small(every_n_steps=2, measures=[fake], folder=str(tmp_path / f"{own}"))
+        fit(StrangersModule(), [clock, monitor], tmp_path, max_steps=43)
+        assert fake.checked == ["GPTNeoXForCausalLM"]
+        assert monitor.table.curves("induction")[0].tolist() == list(range(0, 44, 2))
+        steps, whole = monitor.table.curves("fake/whole@7")
+        assert steps.tolist() == expected and whole.shape == (len(expected),)
+        assert monitor.table.curves("fake/heads")[0].tolist() == expected
+
+
+def test_a_real_measure_is_what_it_gives_alone(tmp_path: Path) -> None:
+    ablation = measure("ablation", n_sequences=4, every_n_steps=6)
+    monitor = small(measures=[ablation])
+    module = StrangersModule()
+    fit(module, [monitor], tmp_path)
+    expected = ablation.measure(module.net["lm"].eval())
+    for key, scores in expected.items():
+        assert monitor.table.curves(key)[0].tolist() == [0, 6, 12]
+        np.testing.assert_array_equal(monitor.latest(key).value, scores.mean.numpy())
+    assert monitor.measures == [ablation]
+
+
+def test_numbers_of_the_whole_model_are_scalars_and_rows_without_a_head(tmp_path: Path) -> None:
+    clock, logger = Clock(), CSVLogger(tmp_path)
+    monitor = small(measures=[FakeMeasure(clock, every_n_steps=6)], folder=str(tmp_path / "run"))
+    fit(StrangersModule(), [clock, monitor], tmp_path, logger=logger)
+    logged = [r for r in rows(Path(logger.log_dir) / "metrics.csv") if r["fake/whole@7"]]
+    # The clock ticks before the monitor measures, so row k is the curve at k.
+    assert [(int(r["step"]), float(r["fake/whole@7"])) for r in logged] == [
+        (0, 10.0),
+        (6, 16.0),
+        (12, 22.0),
+    ]
+    assert {float(r["fake/whole@7_se"]) for r in logged} == {0.25}
+    assert [float(r["fake/heads/max"]) for r in logged] == [2.0, 8.0, 14.0]
+    assert [float(r["fake/heads/L1H1"]) for r in logged] == [-3.0, 3.0, 9.0]
+
+    frame = table_of(tmp_path / "run")
+    whole = frame[frame["metric"] == "fake/whole@7"]
+    assert whole["layer"].isna().all() and whole["head"].isna().all()
+    assert whole["value"].tolist() == [10.0, 16.0, 22.0] and set(whole["se"]) == {0.25}
+    heads = frame[frame["metric"] == "fake/heads"]
+    assert heads[heads["step"] == 6]["value"].tolist() == [6.0, 7.0, 8.0, 3.0]
+    for name in ("fake-heads.png", "fake-whole@7.png"):
+        assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
+
+    # What reads one metric of all heads is not confused by rows without one.
+    curves = read_head_curves(tmp_path / "run" / "unit_metrics.parquet", "fake/heads")
+    assert curves.units == ("L0H0", "L0H1", "L1H0", "L1H1")
+    with pytest.raises(StudyError, match="a number of the whole model"):
+        read_head_curves(tmp_path / "run" / "unit_metrics.parquet", "fake/whole@7")
+
+
+def test_the_table_goes_round_with_numbers_of_both_kinds(tmp_path: Path) -> None:
+    table = MetricTable()
+    generator = np.random.default_rng(0)
+    kept = []
+    for step in range(40):  # more than the first buffers hold
+        grid = generator.normal(size=(2, 3)).astype(np.float32)
+        table.append(step, "heads", grid, 2 * grid)
+        table.append(2 * step, "whole", grid[0, 0], grid[0, 1])
+        kept.append(grid)
+    torch.save(table.state_dict(), tmp_path / "state.pt")
+    again = MetricTable()
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for one in (table, again):
+        np.testing.assert_array_equal(one.curves("heads")[1], np.stack(kept))
+        np.testing.assert_array_equal(one.errors("heads"), 2 * np.stack(kept))
+        np.testing.assert_array_equal(one.curves("whole")[0], 2 * np.arange(40))
+        np.testing.assert_array_equal(one.curves("whole")[1], [g[0, 0] for g in kept])
+        assert one.since("heads", 37).shape == (3, 2, 3) and one.last_step == 78
+        assert one.rows("whole", first=39) == [
+            (78, None, None, "whole", float(kept[-1][0, 0]), float(kept[-1][0, 1]))
+        ]
+        assert one.rows("heads")[4] == (
+            0,
+            1,
+            1,
+            "heads",
+            float(kept[0][1, 1]),
+            float(2 * kept[0][1, 1]),
+        )
+
+
+def test_a_tokenizer_says_which_ids_are_drawn(tmp_path: Path) -> None:
+    words = {f"w{i}": i for i in range(3, 45)}
+    tokenizer = Tokenizer(models.WordLevel(words | {"[UNK]": 45}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monitor = small(tokenizer=str(tmp_path / "tokenizer.json"), measures=["ablation"])
+    fit(StrangersModule(), [monitor], tmp_path, max_steps=3)
+    for one in (*monitor.mechanisms, *monitor.measures):
+        assert one.settings()["token_ids"] in ({"first": 3, "last": 45}, tuple(range(3, 46)))
+    with pytest.raises(ValueError, match="give one"):
+        small(tokenizer=str(tmp_path / "tokenizer.json"), token_ids=range(40))
+    words |= {f"v{i}": i for i in range(46, 60)}
+    Tokenizer(models.WordLevel(words | {"[UNK]": 45}, unk_token="[UNK]")).save(
+        str(tmp_path / "large.json")
     )
-    fit(StrangersModule(), [small(write_every_n_steps=6)], tmp_path, logger=logger, data=Rows(64))
-    wandb.finish()
-    ours = [row for row, _ in logged if "induction/max" in row]
-    assert [row["trainer/global_step"] for row in ours] == [0, 3, 6, 9, 12]
-    assert all("step" not in keywords for _, keywords in logged)
-    assert any("induction/heads" in row for row, _ in logged)
-    tables = [row["unit_metrics"] for row, _ in logged if "unit_metrics" in row]
-    assert tables and tables[0] is tables[-1]
-    assert len(tables[-1].data) == 5 * 2 * 2 * 2
+    with pytest.raises(ValueError, match="tokenizer is larger than the model"):
+        fit(StrangersModule(), [small(tokenizer=str(tmp_path / "large.json"))], tmp_path)
+
+
+def test_sequences_longer_than_the_models_context_are_refused_at_setup(tmp_path: Path) -> None:
+    module = StrangersModule()
+    module.net["lm"].config.max_position_embeddings = 24
+    long = UnitMonitor([mechanism("induction", n_sequences=4, length=(8, 20))])
+    with pytest.raises(
+        ValueError, match=r"induction: sequences of \d+ .* of 24 .*length=\(8, 20\)"
+    ):
+        fit(module, [long], tmp_path)
+    short = mechanism("induction", n_sequences=4, length=(8, 12))
+    with pytest.raises(ValueError, match=r"ablation sequences of 32 .* of 24"):
+        fit(module, [UnitMonitor([short], measures=["ablation"])], tmp_path)
+    fit(module, [UnitMonitor([short])], tmp_path, max_steps=1)
+
+
+def test_a_whole_models_number_that_is_not_finite_is_reported_too(tmp_path: Path) -> None:
+    clock = Clock()
+    fake = FakeMeasure(
+        clock, every_n_steps=1, whole=lambda step: np.nan if step >= 3 else float(step)
+    )
+    monitor = small(every_n_steps=1, measures=[fake], folder=str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="fake/whole@7 is not finite at step 3:"):
+        trainer = fit(StrangersModule(), [clock, monitor], tmp_path, max_steps=5)
+    assert trainer.global_step == 5
+    assert np.isfinite(monitor.table.curves("induction")[1]).all()
+    assert np.isfinite(monitor.table.curves("fake/heads")[1]).all()
+    assert "fake/whole@7 is not finite at step 3" in (tmp_path / "run" / "live.html").read_text()
 
 
 def test_every_logged_key_is_documented(tmp_path: Path) -> None:
@@ -192,7 +311,11 @@ def test_every_logged_key_is_documented(tmp_path: Path) -> None:
     clock = Clock()
     run = [
         clock,
-        UnitMonitor([CurveMechanism(clock, jump(2, ramp=2)), "induction"], every_n_steps=1),
+        UnitMonitor(
+            [CurveMechanism(clock, jump(2, ramp=2)), "induction"],
+            every_n_steps=1,
+            measures=[FakeMeasure(clock), measure("ablation", n_sequences=4)],
+        ),
         CriticalWindow("curve"),
         InfluenceScoring("induction", active="always"),
     ]
@@ -200,9 +323,25 @@ def test_every_logged_key_is_documented(tmp_path: Path) -> None:
     fit(StrangersModule(), run, tmp_path, logger=logger)
     keys = set(rows(Path(logger.log_dir) / "metrics.csv")[0]) - {"step", "epoch"}
     general = {
-        re.sub(r"L\d+H\d+", "L<l>H<h>", re.sub(r"^(curve|induction)", "<mechanism>", k))
-        for k in keys
+        re.sub(
+            r"L\d+H\d+",
+            "L<l>H<h>",
+            re.sub(r"^(curve|induction|ablation/\w+|fake/heads)|^fake/whole@7", _family, key),
+        )
+        for key in keys
     }
-    assert {"<mechanism>/max", "<mechanism>/ema_max", "<mechanism>/scored"} <= general
+    assert {
+        "<key>/max",
+        "<key>/L<l>H<h>",
+        "<key>_se",
+        "<mechanism>/ema_max",
+        "<mechanism>/scored",
+    } <= general
     missing = {key for key in general if f"`{key}`" not in page}
     assert not missing
+
+
+def _family(found: re.Match[str]) -> str:
+    """Keys of the monitor are named after what is measured, the others after a mechanism."""
+    follows = ("ema_max", "n_rising", "n_formed", "scored")
+    return "<mechanism>" if found.string.endswith(follows) else "<key>"

@@ -100,6 +100,40 @@ class CurveMechanism:
         return UnitScores(mean, torch.full_like(mean, 0.01))
 
 
+class FakeMeasure:
+    """A number a head and a number of the whole model, as functions of the step."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        every_n_steps: int | None = None,
+        heads: Callable[[int], Any] = lambda step: np.array([[0.0, 1.0], [2.0, -3.0]]) + step,
+        whole: Callable[[int], float] = lambda step: 10.0 + step,
+    ) -> None:
+        self.name = "fake"
+        self.every_n_steps = every_n_steps
+        self.checked: list[Any] = []
+        self._clock, self._heads, self._whole = clock, heads, whole
+
+    def settings(self) -> dict[str, Any]:
+        return {"token_ids": None}
+
+    def with_token_ids(self, token_ids: list[int]) -> FakeMeasure:
+        return self
+
+    def check(self, model: Any) -> None:
+        self.checked.append(type(model).__name__)
+
+    def measure(self, model: Any) -> dict[str, UnitScores]:
+        heads = torch.as_tensor(self._heads(self._clock.step), dtype=torch.float32)
+        whole = torch.tensor(self._whole(self._clock.step), dtype=torch.float32)
+        return {
+            "fake/heads": UnitScores(heads, torch.full_like(heads, 0.5)),
+            "fake/whole@7": UnitScores(whole, torch.tensor(0.25)),
+        }
+
+
 def jump(
     at: int, *, to: float = 0.6, ramp: int = 40, layers: int = 2, heads: int = 2
 ) -> Callable[[int], Any]:

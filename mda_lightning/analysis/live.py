@@ -125,6 +125,8 @@ class Cell:
     def short(self) -> str:
         if not math.isfinite(self.value):
             return "–"
+        if self.top < 0.1:
+            return f"{self.value:.0e}".replace("e-0", "e-")
         return f"{self.value:.2f}".replace("0.", ".", 1)
 
     @property

@@ -106,10 +106,13 @@ class LiveTable:
         self._columns: list[Any] = list(columns)
         self._tables: dict[str, Any] = {}
 
-    def send(self, trainer: pl.Trainer, rows: Sequence[Sequence[Any]], *, step: int) -> None:
-        """Append ``rows`` and log them."""
+    def send(
+        self, trainer: pl.Trainer, new: Callable[[], Sequence[Sequence[Any]]], *, step: int
+    ) -> None:
+        """Append the rows ``new()`` and log them."""
         runs = _wandb_runs(trainer)
-        if not runs or not rows:
+        rows = new() if runs else []
+        if not rows:
             return
         import wandb
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mda_lightning.callbacks.allowance import Allowance
 from mda_lightning.callbacks.loggers import LiveTable, log_image
-from mda_lightning.callbacks.metric_table import COLUMNS, MetricTable
+from mda_lightning.callbacks.metric_table import COLUMNS, MetricTable, Row
 from mda_lightning.files import atomic_path
 
 TABLE_NAME = "unit_metrics.parquet"
@@ -74,9 +74,11 @@ class MonitorOutput:
             with self._picture_time.spending():
                 for metric in table.metrics:
                     self._draw(trainer, table, folder, metric, chances.get(metric), step=step)
-                    new = table.rows(metric, self._sent.get(metric, 0))
-                    self._live_table.send(trainer, new, step=step)
-                    self._sent[metric] = table.count(metric)
+                self._live_table.send(trainer, lambda: self._new_rows(table), step=step)
+                self.take_up(table)
+
+    def _new_rows(self, table: MetricTable) -> list[Row]:
+        return [row for m in table.metrics for row in table.rows(m, self._sent.get(m, 0))]
 
     def _draw(
         self,

@@ -206,7 +206,7 @@ class UnitMonitor(pl.Callback):
         assert self.layout is not None
         define_metrics(
             trainer,
-            [m.name for m in self.mechanisms] + [m.name for m in self.measures],
+            ["unit_metrics", *(m.name for m in self.mechanisms), *(m.name for m in self.measures)],
             {f"{m.name}/max": "max" for m in self.mechanisms},
         )
         self._seen_step = trainer.global_step
