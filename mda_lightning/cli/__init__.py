@@ -99,6 +99,8 @@ def _guarded(run: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
-    except (ValueError, OSError, JobError) as error:
+    except (ValueError, OSError, JobError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            raise  # not one of this package's own messages on a missing extra
         print(f"mda-lightning: {error}", file=sys.stderr)
         return EXIT_ERROR
