@@ -9,7 +9,7 @@ from models import COPY_VOCABULARY, copying_neox, random_neox
 
 from mda_lightning.attention import capture_attention
 from mda_lightning.mechanisms import mechanism
-from mda_lightning.metrics import InductionScore, PreviousTokenScore
+from mda_lightning.metrics import InductionScore, PreviousTokenScore, attention_per_sequence
 from mda_lightning.probes import random_sequences, repeated_sequences, single_target_sequences
 
 # Id 0 goes in front: the very first position can attend to itself alone, so the token there would
@@ -191,3 +191,14 @@ def test_metric_states_add_up_over_ranks() -> None:
 def test_bad_settings_name_the_value_and_the_way_out(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_attention_that_cannot_be_switched_is_named() -> None:
+    class Stubborn(type(random_neox())):
+        def set_attn_implementation(self, *_: object, **__: object) -> None:
+            """Keeps its own."""
+
+    model = random_neox()
+    model.__class__ = Stubborn
+    with pytest.raises(ValueError, match="cannot be switched to 'mda_capture' .it stays 'sdpa'"):
+        attention_per_sequence(model, repeated_sequences(range(1, 40), seed=0, n_sequences=2))

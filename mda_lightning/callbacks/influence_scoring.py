@@ -387,7 +387,7 @@ class InfluenceScoring(pl.Callback):
         self._done = True  # only now: interrupted before, a resumed run scores again
 
     def _write(self, trainer: pl.Trainer, rows: RowBlock, facts: dict[str, Any]) -> None:
-        assert self.folder is not None
+        assert self.folder is not None and self._model is not None
         write_scores(
             self.folder / SCORES_NAME,
             rows,
@@ -396,5 +396,5 @@ class InfluenceScoring(pl.Callback):
             units=self._units,
             estimator=self.estimator,
             window=self._window,
-            facts=facts,
+            facts=facts | {"sharing": describe(self._model).sharing},
         )

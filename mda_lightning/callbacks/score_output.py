@@ -34,6 +34,7 @@ def write_scores(
 
     Its provenance is ``facts`` of the estimator and: the mechanism and its settings, the window and
     its head, the stream's hashes where the data module has them, versions, and what the sign means.
+    ``facts`` say under ``sharing`` which weights heads have in common, if any.
     """
     data: Any = getattr(trainer, "datamodule", None)
     found = None if window is None else window.window
