@@ -9,9 +9,7 @@ from mda_lightning.metrics.attention_score import (
     AttentionScore,
     InductionScore,
     PreviousTokenScore,
-    UnitScores,
     attention_per_sequence,
-    summarise,
 )
 from mda_lightning.metrics.copying import (
     CopyingScore,
@@ -19,6 +17,7 @@ from mda_lightning.metrics.copying import (
     ov_eigenvalue_scores,
 )
 from mda_lightning.metrics.icl import ICLScore, icl_per_sequence, position_losses
+from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores, summarise
 
 __all__ = [
     "AblationContribution",
@@ -27,6 +26,7 @@ __all__ = [
     "CopyingScore",
     "ICLScore",
     "InductionScore",
+    "MeanOverSequences",
     "PreviousTokenScore",
     "UnitScores",
     "ablation_drops",

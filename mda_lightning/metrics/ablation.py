@@ -15,12 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import ModelLayout, describe, output_by_input, unembedding
 from mda_lightning.attention import attention_implementation
-from mda_lightning.metrics.attention_score import UnitScores, summarise
+from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
 from mda_lightning.probes import ProbeSet
 
@@ -339,7 +338,7 @@ def _read(
 # -- the metric -------------------------------------------------------------------------------
 
 
-class AblationContribution(Metric):
+class AblationContribution(MeanOverSequences):
     """Ablation logit contribution of every head over a probe set (App. H).
 
     ``update(model)`` evaluates the probe set; ``compute()`` gives :class:`UnitScores` by key:
@@ -353,11 +352,7 @@ class AblationContribution(Metric):
         replacement, seed: see :func:`ablation_drops`.
     """
 
-    full_state_update = False
     higher_is_better = True
-    total: Tensor
-    total_squares: Tensor
-    count: Tensor
 
     def __init__(
         self,
@@ -369,27 +364,20 @@ class AblationContribution(Metric):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(3, n_layers, n_heads, **kwargs)
         _check(probes, replacement)
         self.probes, self.replacement, self.seed = probes, replacement, seed
-        zeros = torch.zeros(3, n_layers, n_heads, dtype=torch.float64)
-        self.add_state("total", zeros, dist_reduce_fx="sum")
-        self.add_state("total_squares", zeros.clone(), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         """Add the probe set, evaluated on ``model``."""
         with evaluating(model):
             drops = ablation_drops(model, self.probes, replacement=self.replacement, seed=self.seed)
-        values = torch.stack(drops).double().to(self.total.device)
-        self.total += values.sum(1)
-        self.total_squares += values.square().sum(1)
-        self.count += values.shape[1]
+        self.add(torch.stack(drops, dim=1))
 
     def compute(self) -> dict[str, UnitScores]:
         """Mean over sequences and standard error, [L, heads] each, by key."""
-        scores = summarise(self.total, self.total_squares, self.count)
+        scores = self.scores()
         return {
             key: UnitScores(scores.mean[i], scores.se[i])
             for i, key in enumerate(AblationDrops._fields)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import describe, real_token_ids
 from mda_lightning.attention import attention_at
+from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
 from mda_lightning.probes import ProbeSet, random_sequences, repeated_sequences
-
-
-class UnitScores(NamedTuple):
-    """Mean over sequences and its standard error: float32 [L, heads], or 0-dim for a whole model."""
-
-    mean: Tensor
-    se: Tensor
 
 
 def attention_per_sequence(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
@@ -32,15 +25,7 @@ def attention_per_sequence(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     return probes.per_sequence(attention_at(model, probes))
 
 
-def summarise(total: Tensor, total_squares: Tensor, count: Tensor | int) -> UnitScores:
-    """Mean and standard error from sums over sequences (sample variance, n − 1)."""
-    n = torch.as_tensor(count, dtype=torch.float64, device=total.device)
-    mean = total / n
-    variance = (total_squares - n * mean**2) / (n - 1).clamp(min=1)
-    return UnitScores(mean.float(), (variance.clamp(min=0) / n).sqrt().float())
-
-
-class AttentionScore(Metric):
+class AttentionScore(MeanOverSequences):
     """Mean attention over a probe set's entries, for every head at once.
 
     ``update(model)`` evaluates the probe set on a model; ``compute()`` gives :class:`UnitScores`.
@@ -53,32 +38,21 @@ class AttentionScore(Metric):
         n_heads: heads per layer.
     """
 
-    full_state_update = False
     higher_is_better = True
-    total: Tensor
-    total_squares: Tensor
-    count: Tensor
 
     def __init__(self, probes: ProbeSet, *, n_layers: int, n_heads: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(n_layers, n_heads, **kwargs)
         self.probes = probes
-        zeros = torch.zeros(n_layers, n_heads, dtype=torch.float64)
-        self.add_state("total", zeros, dist_reduce_fx="sum")
-        self.add_state("total_squares", zeros.clone(), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         """Add the probe set, evaluated on ``model``."""
         with evaluating(model):
-            values = attention_per_sequence(model, self.probes).double().to(self.total.device)
-        self.total += values.sum(0)
-        self.total_squares += values.square().sum(0)
-        self.count += len(values)
+            self.add(attention_per_sequence(model, self.probes))
 
     def compute(self) -> UnitScores:
         """Mean over sequences and its standard error, [L, heads] each."""
-        return summarise(self.total, self.total_squares, self.count)
+        return self.scores()
 
 
 class InductionScore(AttentionScore):

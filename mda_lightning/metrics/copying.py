@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import ModelLayout, describe, real_token_ids, unembedding
 from mda_lightning.attention import capture_attention
-from mda_lightning.metrics.attention_score import UnitScores, summarise
+from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
 from mda_lightning.probes import random_sequences
 from mda_lightning.taps import Taps
@@ -183,7 +182,7 @@ def ov_eigenvalue_scores(model: PreTrainedModel) -> Tensor:
     return torch.stack(scores).view(layout.n_layers, layout.n_heads).float()
 
 
-class CopyingScore(Metric):
+class CopyingScore(MeanOverSequences):
     """Copying score of every head, on random tokens and by the eigenvalues of its OV circuit.
 
     ``update(model)`` evaluates both on a model; ``compute()`` gives :class:`UnitScores`,
@@ -202,10 +201,6 @@ class CopyingScore(Metric):
         ValueError: fewer token ids than a sequence needs.
     """
 
-    full_state_update = False
-    total: Tensor
-    total_squares: Tensor
-    count: Tensor
     eigenvalues: Tensor
     updates: Tensor
 
@@ -220,8 +215,8 @@ class CopyingScore(Metric):
         length: int = 25,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         layout = describe(model)
+        super().__init__(layout.n_layers, layout.n_heads, **kwargs)
         if tokens is None:
             tokens = copying_sequences(
                 real_token_ids(model) if token_ids is None else token_ids,
@@ -231,19 +226,14 @@ class CopyingScore(Metric):
             )
         self.tokens = tokens
         zeros = torch.zeros(layout.n_layers, layout.n_heads, dtype=torch.float64)
-        for name in ("total", "total_squares", "eigenvalues"):
-            self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        for name in ("count", "updates"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("eigenvalues", zeros, dist_reduce_fx="sum")
+        self.add_state("updates", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         """Add the sequences and the eigenvalues, evaluated on ``model``."""
         with evaluating(model):
-            values = copying_per_sequence(model, self.tokens).double().to(self.total.device)
-        self.total += values.sum(0)
-        self.total_squares += values.square().sum(0)
-        self.count += len(values)
+            self.add(copying_per_sequence(model, self.tokens))
         self.eigenvalues += ov_eigenvalue_scores(model).double().to(self.total.device)
         self.updates += 1
 
@@ -251,6 +241,6 @@ class CopyingScore(Metric):
         """Mean and standard error by key, [L, heads] each."""
         eigenvalues = (self.eigenvalues / self.updates).float()
         return {
-            "copying": summarise(self.total, self.total_squares, self.count),
+            "copying": self.scores(),
             "copying/eigenvalues": UnitScores(eigenvalues, torch.zeros_like(eigenvalues)),
         }

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import unembedding
-from mda_lightning.metrics.attention_score import UnitScores, summarise
+from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
 from mda_lightning.sequence_loss import loss_of_hidden
 
@@ -135,7 +134,7 @@ def icl_per_sequence(losses: Tensor) -> Tensor:
     return torch.stack([gain, losses[:, late] - losses[:, early]])
 
 
-class ICLScore(Metric):
+class ICLScore(MeanOverSequences):
     """In-context-learning score of a model over rows of text.
 
     ``update(model)`` evaluates the rows given here, ``update(model, tokens)`` others of the same
@@ -151,23 +150,15 @@ class ICLScore(Metric):
         ValueError: a context of fewer than 20 tokens, or neither argument.
     """
 
-    full_state_update = False
-    total: Tensor
-    total_squares: Tensor
-    count: Tensor
-
     def __init__(
         self, tokens: Tensor | None = None, *, context: int | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(2, **kwargs)
         if tokens is None and context is None:
             raise ValueError("give the token rows, or the context that later rows will have")
         self.tokens = tokens
         self.context = int(context or 0) if tokens is None else tokens.shape[1] - 1
         self.positions = icl_positions(self.context)
-        self.add_state("total", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total_squares", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel, tokens: Tensor | None = None) -> None:
@@ -186,14 +177,11 @@ class ICLScore(Metric):
                 f"rows of {self.context + 1} tokens"
             )
         with evaluating(model):
-            values = icl_per_sequence(position_losses(model, rows)).double().to(self.total.device)
-        self.total += values.sum(1)
-        self.total_squares += values.square().sum(1)
-        self.count += values.shape[1]
+            self.add(icl_per_sequence(position_losses(model, rows)).T)
 
     def compute(self) -> dict[str, UnitScores]:
         """Mean over sequences and its standard error by key, 0-dim each."""
-        scores = summarise(self.total, self.total_squares, self.count)
+        scores = self.scores()
         return {
             f"icl/{name}{self.positions.suffix}": UnitScores(scores.mean[i], scores.se[i])
             for i, name in enumerate(("gain", "olsson"))
