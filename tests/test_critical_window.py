@@ -105,6 +105,7 @@ def test_training_resumes_exactly_from_every_promoted_checkpoint(
         clock = Clock()
         monitor = UnitMonitor(
             [CurveMechanism(clock, CURVE), "previous_token"],
+            measures=(),
             every_n_steps=2,
             folder=str(folder),
             token_ids=range(2, 60),

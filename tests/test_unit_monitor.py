@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tokenizers import Tokenizer, models
-from training import Clock, CurveMechanism, FakeMeasure, StrangersModule, fit, jump
+from training import Clock, CurveMechanism, FakeMeasure, Rows, StrangersModule, fit, jump
 
 from mda_lightning.analysis.study import StudyError, read_head_curves
 from mda_lightning.callbacks import CriticalWindow, InfluenceScoring, UnitMonitor
@@ -29,7 +29,7 @@ def small(**settings) -> UnitMonitor:
         mechanism("induction", n_sequences=4, n_probe_sequences=4),
         mechanism("previous_token", n_sequences=4, n_probe_sequences=4, length=(8, 12)),
     ]
-    return UnitMonitor(mechanisms, **({"every_n_steps": 3} | settings))
+    return UnitMonitor(mechanisms, **({"every_n_steps": 3, "measures": ()} | settings))
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -186,6 +186,14 @@ def test_measures_are_taken_at_every_tenth_measurement_or_their_own_rate(tmp_pat
         assert monitor.table.curves("fake/heads")[0].tolist() == expected
 
 
+def test_ablation_is_watched_unless_told_otherwise(tmp_path: Path) -> None:
+    monitor = UnitMonitor(every_n_steps=5)
+    fit(StrangersModule(), [monitor], tmp_path, max_steps=50, data=Rows(200))
+    for key in ("ablation/logit", "ablation/centred", "ablation/logprob"):
+        assert monitor.table.curves(key)[0].tolist() == [0, 50]
+    assert UnitMonitor(measures=[]).measures == []
+
+
 def test_a_real_measure_is_what_it_gives_alone(tmp_path: Path) -> None:
     ablation = measure("ablation", n_sequences=4, every_n_steps=6)
     monitor = small(measures=[ablation])
@@ -289,7 +297,7 @@ def test_sequences_longer_than_the_models_context_are_refused_at_setup(tmp_path:
     short = mechanism("induction", n_sequences=4, length=(8, 12))
     with pytest.raises(ValueError, match=r"ablation sequences of 32 .* of 24"):
         fit(module, [UnitMonitor([short], measures=["ablation"])], tmp_path)
-    fit(module, [UnitMonitor([short])], tmp_path, max_steps=1)
+    fit(module, [UnitMonitor([short], measures=())], tmp_path, max_steps=1)
 
 
 def test_a_whole_models_number_that_is_not_finite_is_reported_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mda_lightning.callbacks.attachment import build_mechanism
 from mda_lightning.callbacks.metric_table import Grid, Measurement
 from mda_lightning.callbacks.probe_scope import probe_scope
-from mda_lightning.measures import Measure, measure
+from mda_lightning.measures import Measure, Mu, measure
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.metrics import UnitScores
 from mda_lightning.vocabulary import TokenizerLike, token_ids_of
@@ -81,6 +81,11 @@ class Measuring:
     @property
     def _all(self) -> list[Mechanism | Measure]:
         return [*self.mechanisms, *self.measures]
+
+    def chances(self) -> dict[str, float]:
+        """By key, the score of a head with uniform attention, where that has a meaning."""
+        watched = [m.mechanism for m in self.measures if isinstance(m, Mu)]
+        return {m.name: m.chance for m in (*self.mechanisms, *watched)}
 
     def due(self, step: int, n_taken: int, *, on_grid: bool) -> list[Mechanism | Measure]:
         """What is measured at ``step``.

@@ -88,7 +88,7 @@ class UnitMonitor(pl.Callback):
         self,
         mechanisms: Sequence[str | Mechanism] = ("induction", "previous_token"),
         *,
-        measures: Sequence[str | Measure] = (),
+        measures: Sequence[str | Measure] = ("ablation",),
         every_n_steps: int = 10,
         quiet_every_n_steps: int | None = None,
         tolerance: float = 0.02,
@@ -305,9 +305,6 @@ class UnitMonitor(pl.Callback):
     def _may_write(self, trainer: pl.Trainer) -> bool:
         return trainer.is_global_zero and self.folder is not None and not is_rehearsal(trainer)
 
-    def _chances(self) -> dict[str, float]:
-        return {m.name: m.chance for m in self.mechanisms}
-
     def _write(self, trainer: pl.Trainer, *, final: bool) -> None:
         if not self._may_write(trainer):
             return
@@ -326,7 +323,7 @@ class UnitMonitor(pl.Callback):
             self.folder,
             step=trainer.global_step,
             provenance=provenance,
-            chances=self._chances(),
+            chances=self.measuring.chances(),
             final=final,
         )
 
@@ -339,7 +336,7 @@ class UnitMonitor(pl.Callback):
             self.folder,
             table=self.table,
             keys=self._keys,
-            chances=self._chances(),
+            chances=self.measuring.chances(),
             followers=self._followers,
             events=self._events,
             rate=self.pace.words(asked=self._is_asked()),
