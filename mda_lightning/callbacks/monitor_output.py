@@ -29,13 +29,13 @@ class MonitorOutput:
     """Writes the table and the pictures, seldom enough to cost next to nothing.
 
     Drawing takes a tenth of a second a metric and more. So pictures (and W&B's rows, which go with
-    them) wait for at least a minute, and either waits for as long as keeps it under 0.3% of the
+    them) wait for at least five minutes, and either waits for as long as keeps it under 0.3% of the
     wall time. At the end everything is written.
     """
 
     def __init__(self) -> None:
         self._table_time = Allowance()
-        self._picture_time = Allowance(wait=60.0)
+        self._picture_time = Allowance(wait=300.0)
         self._live_table = LiveTable("unit_metrics", COLUMNS)
         self._sent: dict[str, int] = {}
 

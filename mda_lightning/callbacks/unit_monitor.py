@@ -75,7 +75,7 @@ class UnitMonitor(pl.Callback):
         folder: where to write; None is ``mda/`` in the first logger's folder.
         write_every_n_steps: steps between rewritings of the files at least; they are also written
             at the end and on an exception. Where it would cost more than 0.3% of the time they
-            wait, pictures for a minute at least.
+            wait, pictures for five minutes at least.
         live: whether to write the page.
 
     Raises:
