@@ -37,6 +37,7 @@ from mda_lightning.probes import (
 from mda_lightning.vocabulary import TokenizerLike
 
 DEFAULT_CONTEXT = 512
+DEFAULT_ABLATION_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Ablation:
     Attributes:
         every_n_steps: optimizer steps between measurements; None leaves it to the monitor.
         replacement: what takes the place of a head's output: "zero", "mean" or "resample".
-        n_sequences, length: of the probe set, ``[prefix] A B C [gap] A B``.
+        n_sequences: of the probe set, ``[prefix] A B C [gap] A B``.
+        length: tokens in each; None takes 64, or as many as the context and the ids allow.
         seed: of the probe set; another one than those of μ and f, which it is to confirm.
         token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
             the model's configuration tells.
@@ -57,7 +59,7 @@ class Ablation:
     every_n_steps: int | None = None
     replacement: Replacement = "zero"
     n_sequences: int = 100
-    length: int = 32
+    length: int | None = None
     seed: int = 2
     token_ids: tuple[int, ...] | None = None
 
@@ -71,8 +73,8 @@ class Ablation:
 
     def check(self, model: PreTrainedModel) -> None:
         layout = describe(model)
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and self.length > longest:
+        longest = context_limit(model)
+        if longest is not None and self._length(model) > longest:
             raise ValueError(
                 f"ablation sequences of {self.length} tokens are longer than the model's context "
                 f"of {longest}; give Ablation(length={longest}) or less"
@@ -84,10 +86,21 @@ class Ablation:
         metric.update(model)
         return {f"{self.name}/{key}": scores for key, scores in metric.compute().items()}
 
+    def _length(self, model: PreTrainedModel) -> int:
+        if self.length is not None:
+            return self.length
+        wanted = min(DEFAULT_ABLATION_LENGTH, len(self._ids(model)))
+        return min(wanted, context_limit(model) or wanted)
+
+    def _ids(self, model: PreTrainedModel) -> tuple[int, ...]:
+        return self.token_ids or tuple(real_token_ids(model).tolist())
+
     def _metric(self, model: PreTrainedModel, layout: ModelLayout) -> AblationContribution:
-        ids = self.token_ids or tuple(real_token_ids(model).tolist())
         probes = ablation_sequences(
-            ids, seed=self.seed, n_sequences=self.n_sequences, length=self.length
+            self._ids(model),
+            seed=self.seed,
+            n_sequences=self.n_sequences,
+            length=self._length(model),
         )
         # Every rank measures the same sequences: added up, they would count twice.
         return AblationContribution(

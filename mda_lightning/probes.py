@@ -201,7 +201,7 @@ def ablation_sequences(
     *,
     seed: int,
     n_sequences: int = 100,
-    length: int = 32,
+    length: int = 64,
 ) -> ProbeSet:
     """The induction task of App. H: ``[prefix] A B C [gap] A B``, whose next token is C.
 

@@ -200,5 +200,5 @@ def test_an_attention_that_cannot_be_switched_is_named() -> None:
 
     model = random_neox()
     model.__class__ = Stubborn
-    with pytest.raises(ValueError, match="cannot be switched to 'mda_capture' .it stays 'sdpa'"):
+    with pytest.raises(ValueError, match=r"cannot be switched to 'mda_capture' \(it stays 'sdpa'"):
         attention_per_sequence(model, repeated_sequences(range(1, 40), seed=0, n_sequences=2))

@@ -296,7 +296,7 @@ def test_sequences_longer_than_the_models_context_are_refused_at_setup(tmp_path:
         fit(module, [long], tmp_path)
     short = mechanism("induction", n_sequences=4, length=(8, 12))
     with pytest.raises(ValueError, match=r"ablation sequences of 32 .* of 24"):
-        fit(module, [UnitMonitor([short], measures=["ablation"])], tmp_path)
+        fit(module, [UnitMonitor([short], measures=[measure("ablation", length=32)])], tmp_path)
     fit(module, [UnitMonitor([short], measures=())], tmp_path, max_steps=1)
 
 
