@@ -36,7 +36,7 @@ def test_the_three_lines_run_in_a_strangers_script(tmp_path: Path, monkeypatch) 
     with pytest.warns(UserWarning, match="no window opened"):
         names["trainer"].fit(StrangersModule(), DataLoader(Rows(64), batch_size=4))
     table = pd.read_parquet(next(tmp_path.rglob("unit_metrics.parquet")))
-    assert set(table["metric"]) == {"induction", "previous_token"}
+    assert set(table["metric"]) >= {"induction", "previous_token", "ablation/logit"}
     assert table["step"].max() == 10
     assert next(tmp_path.rglob("window.json")).is_file()
 
