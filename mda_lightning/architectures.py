@@ -210,10 +210,24 @@ class ModelLayout:
 
 
 def output_by_input(linear: nn.Module) -> Tensor:
-    """A linear layer's weight as [out, in]; GPT-2's ``Conv1D`` stores it the other way round."""
+    """A linear layer's weight as [out, in]; GPT-2's ``Conv1D`` stores it the other way round.
+
+    Raises:
+        UnsupportedModelError: a layer that does more than multiply by its weight, as an adapter.
+    """
+    if not is_plain_linear(linear):
+        raise UnsupportedModelError(
+            f"{type(linear).__name__} is not a plain linear layer, so its weight does not say what "
+            "it computes; merge adapters into the model first"
+        )
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer's output is its weight times its input, plus its bias."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def describe(model: nn.Module) -> ModelLayout:
@@ -249,6 +263,17 @@ def describe(model: nn.Module) -> ModelLayout:
 
 
 def _check_parts(model: nn.Module, layout: ModelLayout) -> None:
+    family, first = layout.family, layout.layer_name(0)
+    inside = (family.attention, family.mlp, family.attention_norm, family.mlp_norm)
+    for name in (first, family.final_norm, *(f"{first}.{part}" for part in inside)):
+        try:
+            model.get_submodule(name)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no part {name!r}, where the layout of family "
+                f"{layout.model_type!r} expects one; give the causal language model itself, "
+                "unwrapped, or correct the family's row"
+            ) from error
     for name in (*layout.block(Head(0, 0), "QK").modules, layout.output_name(0)):
         try:
             linear = model.get_submodule(name)
@@ -320,7 +345,8 @@ def real_token_ids(model: PreTrainedModel) -> Tensor:
     size = int(config.vocab_size)
     if size in (50304, 50432, 50688):
         return torch.arange(2, 50277)
-    special = {
-        getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
+    special = set[int | None]()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(config, key, None)
+        special |= set(given) if isinstance(given, (list, tuple)) else {given}
     return torch.tensor([i for i in range(size) if i not in special], dtype=torch.int64)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from mda_lightning.probes import ProbeSet
 
 _NAME = "mda_capture"
-_BUCKETS = 4
+_BUCKETS = 3
 
 
 class _AllPatternsRead(Exception):
@@ -80,12 +81,12 @@ def _capturing_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
-    length = scores.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    if sliding_window is not None:
-        future |= torch.ones_like(future).tril(-sliding_window)
-    scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    scores = torch.matmul(query * scale, key.transpose(2, 3))
+    unseen = _unseen(scores.shape[-1], sliding_window, scores.device)
+    lowest = torch.finfo(scores.dtype).min
+    # In place where no gradient needs the scores: half of a short probe's time is memory.
+    needed = scores.requires_grad
+    scores = scores.masked_fill(unseen, lowest) if needed else scores.masked_fill_(unseen, lowest)
     pattern = torch.softmax(scores, dim=-1, dtype=torch.float32)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     capture.layers[layer] = pattern[capture.sequence, :, capture.query, capture.key]
@@ -93,6 +94,16 @@ def _capturing_attention(
         raise _AllPatternsRead
     out = torch.matmul(pattern.to(query.dtype), value).transpose(1, 2).contiguous()
     return out, pattern
+
+
+@lru_cache(maxsize=64)
+def _unseen(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Keys that a query does not see, bool [length, length]: later ones, and too early ones."""
+    with torch.inference_mode(False):  # kept, and a backward may need it
+        unseen = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        if sliding_window is not None:
+            unseen |= torch.ones_like(unseen).tril(-sliding_window)
+    return unseen
 
 
 AttentionInterface.register(_NAME, _capturing_attention)
@@ -161,19 +172,13 @@ def attention_at(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     model see one. The model runs in the mode it is in, without its unembedding.
     """
     last_layer = int(model.config.num_hidden_layers) - 1
-    needed = probes.needed_lengths
-    buckets = 1 if torch.is_grad_enabled() else _BUCKETS
-    found, places = [], []
-    for rows in needed.argsort(stable=True).chunk(buckets):
-        own = torch.isin(probes.sequence, rows).nonzero()[:, 0]
-        place = torch.empty(probes.n_sequences, dtype=torch.int64)
-        place[rows] = torch.arange(len(rows))
-        sequence = place[probes.sequence[own]]
-        tokens = probes.tokens[rows, : int(needed[rows].max())].to(model.device)
+    buckets = probes.by_length(1 if torch.is_grad_enabled() else _BUCKETS)
+    found = []
+    for part in buckets:
         with capture_attention(
-            model, sequence, probes.query[own], probes.key[own], last_layer=last_layer
+            model, part.sequence, part.query, part.key, last_layer=last_layer
         ) as capture:
-            model.base_model(input_ids=tokens, use_cache=False)
+            model.base_model(input_ids=part.tokens.to(model.device), use_cache=False)
         found.append(capture.stacked())
-        places.append(own)
-    return torch.cat(found)[torch.cat(places).argsort().to(model.device)]
+    order = torch.cat([part.entries for part in buckets]).argsort()
+    return torch.cat(found)[order.to(model.device)]

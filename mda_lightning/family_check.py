@@ -22,6 +22,7 @@ _TOLERANCE = 1e-4
 def check_family(model: PreTrainedModel, *, seed: int = 0) -> None:
     """Check a model against its family's row, on a copy and a few random tokens.
 
+    - Logits are the unembedding of the final hidden states, and nothing more.
     - Attention patterns are those of eager attention.
     - Changing a head's QK block changes the pattern of that head, and of heads that share weights
       with it, and of no other in its layer.
@@ -40,10 +41,22 @@ def check_family(model: PreTrainedModel, *, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, layout.vocab_size, (2, 12), generator=generator).to(twin.device)
     with evaluating(twin):
+        _check_logits(twin, layout, tokens)
         _check_patterns(twin, layout, tokens)
         for layer in {0, layout.n_layers - 1}:
             _check_blocks(twin, layout, tokens, layer)
         _check_ablation(twin, layout, seed)
+
+
+def _check_logits(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor) -> None:
+    found = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
+    expected = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+    apart = float((unembedding(model)(found.last_hidden_state) - expected).abs().max())
+    if apart > 1e-5 * max(1.0, float(expected.abs().max())):
+        raise UnsupportedModelError(
+            f"{layout.model_type}: the model changes its logits after the unembedding, by up to "
+            f"{apart:.2g} (scaled or capped logits); metrics here read them before"
+        )
 
 
 def _patterns(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -133,7 +146,8 @@ def _check_ablation(model: PreTrainedModel, layout: ModelLayout, seed: int) -> N
     target = probes.target.to(model.device)
 
     def logit() -> Tensor:
-        hidden = model.base_model(input_ids=probes.tokens.to(model.device), use_cache=False)
+        tokens = probes.tokens.to(model.device)
+        hidden = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
         logits: Tensor = unembedding(model)(hidden.last_hidden_state[:, -1])
         return logits[rows, target].cpu()
 

@@ -48,7 +48,8 @@ def sequence_backward(
     """
     tokens = tokens.to(model.device, torch.int64)
     with evaluating(model), frozen(model), torch.enable_grad(), Taps(model, names) as taps:
-        hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        out = model.base_model(input_ids=tokens[:, :-1], use_cache=False, return_dict=True)
+        hidden = out.last_hidden_state
         labels = None if uniform is not None else tokens[:, 1:]
         end = loss_at_hidden(unembedding(model), hidden, labels, uniform=uniform)
         deltas = taps.gradients(hidden, grad_output=end.gradient)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -120,11 +119,16 @@ class _HeadMechanism(ABC):
 
     @property
     def chance(self) -> float:
-        # It depends on the lengths alone; without ids any as many as the longest sequence will do.
-        return self._probes("mu", self.token_ids or tuple(range(self.length[1]))).chance
+        built = [probes for (kind, _), probes in self._built.items() if kind == "mu"]
+        if built:
+            return built[-1].chance
+        if self.token_ids is not None:
+            return self._draw_from("mu", self.token_ids).chance
+        # Before there is a model: the lengths, and so the value, may still differ a little.
+        return self._probes("mu", tuple(range(self.length[1]))).chance
 
     def check(self, model: PreTrainedModel) -> None:
-        longest = self._draw("mu", partial(self._probes, "mu"), model).tokens.shape[1]
+        longest = self._draw("mu", model).tokens.shape[1]
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise ValueError(
@@ -134,14 +138,21 @@ class _HeadMechanism(ABC):
             )
 
     def scores(self, model: PreTrainedModel) -> UnitScores:
-        return self._measure(self._draw("mu", partial(self._probes, "mu"), model), model)
+        return self._measure(self._draw("mu", model), model)
 
-    def _draw(self, kind: str, build: Callable[..., ProbeSet], model: PreTrainedModel) -> ProbeSet:
-        # Without given ids they follow from the vocabulary's size; no need to list them each time.
-        key = (kind, self.token_ids or int(model.config.vocab_size))
+    def _draw(self, kind: str, model: PreTrainedModel) -> ProbeSet:
+        if self.token_ids is not None:
+            return self._draw_from(kind, self.token_ids)
+        # The ids follow from the vocabulary's size; no need to list them each time.
+        key = (kind, int(model.config.vocab_size))
         if key not in self._built:
-            self._built[key] = build(self.token_ids or tuple(real_token_ids(model).tolist()))
+            self._built[key] = self._probes(kind, tuple(real_token_ids(model).tolist()))
         return self._built[key]
+
+    def _draw_from(self, kind: str, ids: tuple[int, ...]) -> ProbeSet:
+        if (kind, ids) not in self._built:
+            self._built[kind, ids] = self._probes(kind, ids)
+        return self._built[kind, ids]
 
     def _measure(self, probes: ProbeSet, model: PreTrainedModel) -> UnitScores:
         layout = describe(model)
@@ -167,7 +178,8 @@ def _attention_probe(model: PreTrainedModel, probes: ProbeSet, *, log: bool) -> 
 def _copy_logprob(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     """Mean log-probability of the copy target (Eq. 18): the logits at ``query`` predict it."""
     device = model.device
-    hidden = model.base_model(input_ids=probes.tokens.to(device), use_cache=False).last_hidden_state
+    out = model.base_model(input_ids=probes.tokens.to(device), use_cache=False, return_dict=True)
+    hidden = out.last_hidden_state
     at = hidden[probes.sequence.to(device), probes.query.to(device)]
     logits = unembedding(model)(at).float()
     logprob = torch.log_softmax(logits, dim=-1)
@@ -199,7 +211,7 @@ class InductionHead(_HeadMechanism):
         return HEAD_BLOCKS if self.probe_function == "copy_logprob" else ("QK",)
 
     def probe(self, model: PreTrainedModel) -> Tensor:
-        probes = self._draw("f", partial(self._probes, "f"), model)
+        probes = self._draw("f", model)
         if self.probe_function == "copy_logprob":
             return _copy_logprob(model, probes)
         return _attention_probe(model, probes, log=self.probe_function == "log_attention")
@@ -236,7 +248,7 @@ class PreviousTokenHead(_HeadMechanism):
         return ("QK",)
 
     def probe(self, model: PreTrainedModel) -> Tensor:
-        probes = self._draw("f", partial(self._probes, "f"), model)
+        probes = self._draw("f", model)
         return _attention_probe(model, probes, log=self.probe_function == "log_attention")
 
     def _probes(self, kind: str, ids: tuple[int, ...]) -> ProbeSet:

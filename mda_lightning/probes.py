@@ -7,11 +7,22 @@ measures (μ) and the set whose gradient is taken (f) must come from different s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class LengthBucket(NamedTuple):
+    """Some sequences of a probe set: tokens [n, T], entries within them, and which those are."""
+
+    tokens: Tensor
+    sequence: Tensor
+    query: Tensor
+    key: Tensor
+    entries: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,9 @@ class ProbeSet:
     key: Tensor
     target: Tensor
     weight: Tensor
+    _buckets: dict[int, tuple[LengthBucket, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def n_sequences(self) -> int:
@@ -48,6 +62,29 @@ class ProbeSet:
     def chance(self) -> float:
         """The score of uniform attention: the mean of keys / (number of visible positions)."""
         return float((self.weight.double() / (self.query.double() + 1)).sum())
+
+    def by_length(self, n: int) -> tuple[LengthBucket, ...]:
+        """The sequences in up to ``n`` groups of about one length, cut to what their entries need.
+
+        Computed once: a probe set is measured many times.
+        """
+        if n not in self._buckets:
+            needed, parts = self.needed_lengths, []
+            for rows in torch.chunk(needed.argsort(stable=True), n):
+                entries = torch.isin(self.sequence, rows).nonzero()[:, 0]
+                place = torch.empty(self.n_sequences, dtype=torch.int64)
+                place[rows] = torch.arange(len(rows))
+                parts.append(
+                    LengthBucket(
+                        self.tokens[rows, : int(needed[rows].max())],
+                        place[self.sequence[entries]],
+                        self.query[entries],
+                        self.key[entries],
+                        entries,
+                    )
+                )
+            self._buckets[n] = tuple(parts)
+        return self._buckets[n]
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """``values`` [E, ...] added up per query, mean over each sequence's queries: [N, ...]."""

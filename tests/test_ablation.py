@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from models import COPY_VOCABULARY, OTHER_FAMILIES, copying_neox, random_model, random_neox
+from torch import nn
 
 from mda_lightning.architectures import describe, output_by_input
 from mda_lightning.measures import Measure, measure
@@ -220,3 +221,40 @@ def test_a_mechanisms_name_gives_its_score_as_a_measure() -> None:
     assert torch.equal(found.measure(model)["previous_token"].mean, expected.mean)
     with pytest.raises(ValueError, match="'ablatoin' is not a measure; there are: ablation"):
         measure("ablatoin")
+
+
+def test_an_adapter_on_the_output_projection_is_ablated_with_it() -> None:
+    """A low-rank addition to the weight, against a hook that zeroes the head's input to both."""
+    model = random_neox(n_layers=2)
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(3)
+            self.base = base
+            self.down = nn.Parameter(torch.randn(3, base.in_features, generator=generator))
+            self.up = nn.Parameter(torch.randn(base.out_features, 3, generator=generator))
+
+        @property
+        def weight(self) -> torch.Tensor:
+            return self.base.weight
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return self.base(z) + z @ self.down.T @ self.up.T
+
+    for layer in model.gpt_neox.layers:
+        layer.attention.dense = Adapted(layer.attention.dense)
+    probes = ablation_sequences(range(1, 40), seed=0, n_sequences=4, length=12)
+    found = torch.stack(ablation_drops(model, probes)).double()
+    for layer in range(2):
+        for head in range(2):
+
+            def zero(_, args, head=head):
+                z = args[0].clone()
+                z[..., 8 * head : 8 * head + 8] = 0
+                return (z,)
+
+            ablated = copy.deepcopy(model)
+            ablated.gpt_neox.layers[layer].attention.dense.register_forward_pre_hook(zero)
+            expected = drops_of(model, ablated, probes)
+            torch.testing.assert_close(found[:, :, layer, head], expected, atol=5e-6, rtol=1e-5)

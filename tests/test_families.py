@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from models import OTHER_FAMILIES, random_model, random_neox
 from torch import nn
+from transformers import GraniteConfig, GraniteForCausalLM
 
-from mda_lightning.architectures import UnsupportedModelError, describe, find_language_model
+from mda_lightning.architectures import (
+    UnsupportedModelError,
+    describe,
+    find_language_model,
+    real_token_ids,
+)
 from mda_lightning.curvature import SubspaceEKFAC
 from mda_lightning.families import FAMILIES
 from mda_lightning.family_check import check_family
@@ -185,7 +191,7 @@ def test_every_family_is_tested_and_others_are_refused() -> None:
         describe(other)
     with pytest.raises(UnsupportedModelError, match="expected one Hugging Face language model"):
         find_language_model(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(UnsupportedModelError, match="query_key_value"):
+    with pytest.raises(UnsupportedModelError, match="no part .gpt_neox.layers.0"):
         describe(random_neox().base_model)
 
 
@@ -216,6 +222,7 @@ def test_the_check_of_a_row_passes_for_every_family(family: str) -> None:
         ("llama", {"mlp_norm": "input_layernorm"}, "the ablation of L0H0 differs"),
         ("olmo2", {"norms": "before"}, "the ablation of L0H0 differs"),
         ("olmo2", {"norms_across_heads": False}, "changing the QK block of L0H"),
+        ("llama", {"mlp_norm": "norm2"}, "no part 'model.layers.0.norm2'"),
     ],
 )
 def test_the_check_finds_a_wrong_row(
@@ -224,3 +231,45 @@ def test_the_check_finds_a_wrong_row(
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **wrong))
     with pytest.raises(UnsupportedModelError, match=message):
         check_family(random_model(family))
+
+
+def test_the_check_finds_logits_that_are_changed_after_the_unembedding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FAMILIES, "granite", FAMILIES["llama"])
+    config = GraniteConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        logits_scaling=8.0,
+    )
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match="changes its logits after the unembedding"):
+        check_family(GraniteForCausalLM(config))
+
+
+def test_weights_of_an_adapted_layer_are_not_taken_for_what_it_computes() -> None:
+    model = random_neox()
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+
+        @property
+        def weight(self) -> torch.Tensor:
+            return self.base.weight
+
+    attention = model.gpt_neox.layers[1].attention
+    attention.dense = Adapted(attention.dense)
+    layout = describe(model)
+    with pytest.raises(UnsupportedModelError, match="Adapted is not a plain linear layer"):
+        layout.weight(model, layout.block(Head(1, 0), "O"))
+
+
+def test_special_ids_may_be_lists() -> None:
+    model = random_neox()
+    model.config.eos_token_id = [0, 3, 5]
+    assert real_token_ids(model).tolist() == [i for i in range(40) if i not in (0, 3, 5)]

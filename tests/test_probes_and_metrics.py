@@ -202,3 +202,32 @@ def test_an_attention_that_cannot_be_switched_is_named() -> None:
     model.__class__ = Stubborn
     with pytest.raises(ValueError, match=r"cannot be switched to 'mda_capture' \(it stays 'sdpa'"):
         attention_per_sequence(model, repeated_sequences(range(1, 40), seed=0, n_sequences=2))
+
+
+def test_the_error_of_one_sequence_is_not_known() -> None:
+    metric = InductionScore(random_neox(vocab_size=60), n_sequences=1)
+    metric.update(random_neox(vocab_size=60))
+    scores = metric.compute()
+    assert scores.mean.isfinite().all() and scores.se.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["induction", "previous_token"])
+def test_chance_is_that_of_the_sequences_measured(name: str) -> None:
+    """Uniform attention over the very probe set, once there is a model to draw it for."""
+    model = random_neox(vocab_size=700)
+    with torch.no_grad():
+        for layer in model.gpt_neox.layers:  # queries of zero attend alike to all
+            layer.attention.query_key_value.weight.zero_()
+            layer.attention.query_key_value.bias.zero_()
+    mech = mechanism(name)
+    mech.check(model)
+    found = mech.scores(model).mean
+    torch.testing.assert_close(found, torch.full_like(found, mech.chance), atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_that_returns_tuples_is_read_alike() -> None:
+    model = random_neox()
+    mech = mechanism("induction", probe_function="copy_logprob", token_ids=range(1, 40))
+    before = mech.probe(model).detach()
+    model.config.return_dict = False
+    assert torch.equal(mech.probe(model).detach(), before)

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import ModelLayout, describe, output_by_input, unembedding
+from mda_lightning.architectures import (
+    ModelLayout,
+    describe,
+    is_plain_linear,
+    output_by_input,
+    unembedding,
+)
 from mda_lightning.attention import attention_implementation
 from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
@@ -109,7 +115,7 @@ def ablation_drops(
             ends = _branches(model, layout, layers, instead, query)
             target = probes.target[rows].to(model.device)
             values = _read(model, layout, ends, target, chunk_numbers)  # [3, 1 + L * heads, n]
-            drops = (values[:, :1] - values[:, 1:]).mT.float().cpu()
+            drops = (values[:, :1] - values[:, 1:]).mT.float()
             found[:, rows] = drops.reshape(3, len(rows), layout.n_layers, layout.n_heads)
     return AblationDrops(*found)
 
@@ -254,8 +260,7 @@ class _Sublayers:
         self._norms_before = family.norms == "before"
         self._parallel = layout.parallel
         self._output = model.get_submodule(layout.output_name(layer))
-        weight = output_by_input(self._output)
-        self._w_o = weight.reshape(len(weight), layout.n_heads, layout.head_dim)
+        self._heads = (layout.n_heads, layout.head_dim)
 
     def run(self, stream: Tensor, arguments: Mapping[str, Any], at: Tensor | None) -> Tensor:
         """The layer's output for a stream."""
@@ -269,8 +274,15 @@ class _Sublayers:
 
         Returns [heads, n, T, d_model].
         """
-        each = z.view(*z.shape[:-1], *self._w_o.shape[1:])
-        return torch.einsum("nthd,ohd->hnto", each, self._w_o)
+        each = z.view(*z.shape[:-1], *self._heads)
+        if is_plain_linear(self._output):
+            weight = output_by_input(self._output)
+            return torch.einsum("nthd,ohd->hnto", each, weight.reshape(len(weight), *self._heads))
+        # An adapter, say: what it makes of each head alone, less what it makes of nothing.
+        nothing: Tensor = self._output(torch.zeros_like(z[:1, :1]))
+        alone = torch.eye(self._heads[0], dtype=z.dtype, device=z.device)[:, None, None, :, None]
+        whole: Tensor = torch.stack([self._output((each * one).flatten(-2)) for one in alone])
+        return whole - nothing
 
     def resume(self, layer: _Layer, change: Tensor, at: Tensor | None) -> Tensor:
         """The layer's output where the attention's is changed by ``change`` [heads, n, T, d]."""
@@ -327,10 +339,10 @@ def _read(
     parts = []
     for rows, ids in zip(torch.split(flat, size), torch.split(wanted, size), strict=True):
         logits = unembed(final_norm(rows)).float().contiguous()
-        own = logits.gather(1, ids[:, None])[:, 0].double()
-        mean, top = logits.mean(1).double(), logits.amax(1, keepdim=True)
+        own = logits.gather(1, ids[:, None])[:, 0].cpu().double()
+        mean, top = logits.mean(1).cpu().double(), logits.amax(1, keepdim=True)
         # In float32 a log-probability near −10 is rounded at 1e-6; the sum of exponentials is not.
-        total = logits.sub_(top).exp_().sum(1).double().log() + top[:, 0].double()
+        total = logits.sub_(top).exp_().sum(1).cpu().double().log() + top[:, 0].cpu().double()
         parts.append(torch.stack([own, own - mean, own - total]))
     return torch.cat(parts, dim=1).view(3, len(ends), len(target))
 

@@ -65,7 +65,7 @@ def copying_per_sequence(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     Runs the model, up to its last layer's pattern, in the mode it is in.
 
     Args:
-        model: of a family in :data:`mda_lightning.architectures.FAMILIES`.
+        model: of a family in :data:`mda_lightning.families.FAMILIES`.
         tokens: int64 [N, T], no token twice in a row.
     """
     layout = describe(model)
@@ -158,7 +158,7 @@ def ov_eigenvalue_scores(model: PreTrainedModel) -> Tensor:
     the group's, W_O the head's own.
 
     Args:
-        model: of a family in :data:`mda_lightning.architectures.FAMILIES`.
+        model: of a family in :data:`mda_lightning.families.FAMILIES`.
     """
     layout = describe(model)
     embedding, unembed = model.get_input_embeddings().weight, unembedding(model).weight

@@ -71,7 +71,8 @@ def position_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         size = max(1, _BATCH_TOKENS // (tokens.shape[1] - 1))
         for start in range(0, len(tokens), size):
             batch = tokens[start : start + size].to(model.device, torch.int64)
-            hidden = model.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
+            out = model.base_model(input_ids=batch[:, :-1], use_cache=False, return_dict=True)
+            hidden = out.last_hidden_state
             found.append(loss_of_hidden(unembedding(model), hidden, batch[:, 1:]))
     return torch.cat(found)
 

@@ -17,11 +17,14 @@ class UnitScores(NamedTuple):
 
 
 def summarise(total: Tensor, total_squares: Tensor, count: Tensor | int) -> UnitScores:
-    """Mean and standard error from sums over sequences (sample variance, n − 1)."""
+    """Mean and standard error from sums over sequences (sample variance, n − 1).
+
+    The error of a single sequence is not known: NaN.
+    """
     n = torch.as_tensor(count, dtype=torch.float64, device=total.device)
     mean = total / n
-    variance = (total_squares - n * mean**2) / (n - 1).clamp(min=1)
-    return UnitScores(mean.float(), (variance.clamp(min=0) / n).sqrt().float())
+    spread = (total_squares - n * mean**2).clamp(min=0)
+    return UnitScores(mean.float(), (spread / (n - 1) / n).sqrt().float())
 
 
 class MeanOverSequences(Metric):
@@ -45,7 +48,7 @@ class MeanOverSequences(Metric):
 
     def add(self, values: Tensor) -> None:
         """Add sequences, [N, *shape]."""
-        values = values.double().to(self.total.device)
+        values = values.to(self.total.device).double()  # some devices have no float64
         self.total += values.sum(0)
         self.total_squares += values.square().sum(0)
         self.count += len(values)
