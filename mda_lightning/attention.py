@@ -117,6 +117,9 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         ValueError: the model's attention implementation cannot be switched.
     """
     former = model.config._attn_implementation
+    if former == name:
+        yield
+        return
     try:
         model.set_attn_implementation(name)
         now = model.config._attn_implementation
@@ -174,11 +177,12 @@ def attention_at(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     last_layer = int(model.config.num_hidden_layers) - 1
     buckets = probes.by_length(1 if torch.is_grad_enabled() else _BUCKETS)
     found = []
-    for part in buckets:
-        with capture_attention(
-            model, part.sequence, part.query, part.key, last_layer=last_layer
-        ) as capture:
-            model.base_model(input_ids=part.tokens.to(model.device), use_cache=False)
-        found.append(capture.stacked())
+    with attention_implementation(model, _NAME):  # once for all
+        for part in buckets:
+            with capture_attention(
+                model, part.sequence, part.query, part.key, last_layer=last_layer
+            ) as capture:
+                model.base_model(input_ids=part.tokens.to(model.device), use_cache=False)
+            found.append(capture.stacked())
     order = torch.cat([part.entries for part in buckets]).argsort()
     return torch.cat(found)[order.to(model.device)]

@@ -143,6 +143,11 @@ class UnitMonitor(pl.Callback):
     def measures(self) -> list[Measure]:
         return self.measuring.measures
 
+    @property
+    def measuring_seconds(self) -> float:
+        """Wall time spent on measurements since the fit began."""
+        return self._stopwatch.seconds
+
     def latest(self, metric: str) -> Measurement | None:
         """The last measurement under a key, or None before the first."""
         return self.table.latest(metric)

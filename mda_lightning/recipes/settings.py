@@ -97,7 +97,7 @@ class MonitorSettings:
 
     every_n_steps: int = 10
     quiet_every_n_steps: int = 50
-    companions_every_n_steps: int = 500
+    companions_every_n_steps: int = 1000
     n_sequences: int = 100
     averaged_evaluations: int = 5
 
