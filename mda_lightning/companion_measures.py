@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,10 +33,15 @@ from mda_lightning.probes import (
     prefix_matching_sequences,
     previous_token_sequences,
 )
-from mda_lightning.vocabulary import TokenizerLike
+from mda_lightning.vocabulary import TokenizerLike, describe_token_ids, token_id_tuple
 
 DEFAULT_CONTEXT = 512
 DEFAULT_ABLATION_LENGTH = 64
+
+
+def _make_ids_a_tuple(one: Ablation | Copying) -> None:
+    if one.token_ids is not None:
+        object.__setattr__(one, "token_ids", token_id_tuple(one.token_ids))
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,9 @@ class Ablation:
         n_sequences: of the probe set, ``[prefix] A B C [gap] A B``.
         length: tokens in each; None takes 64, or as many as the context and the ids allow.
         seed: of the probe set; another one than those of μ and f, which it is to confirm.
-        token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
-            the model's configuration tells.
+        token_ids: ids to draw from, given as any sequence, array or tensor of whole numbers; None
+            takes those the model's tokenizer really uses, as far as the model's configuration
+            tells.
     """
 
     name: ClassVar[str] = "ablation"
@@ -63,13 +68,16 @@ class Ablation:
     seed: int = 2
     token_ids: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        _make_ids_a_tuple(self)
+
     def settings(self) -> dict[str, Any]:
-        values = asdict(self)
+        values = asdict(self) | {"token_ids": describe_token_ids(self.token_ids)}
         del values["every_n_steps"]
         return values
 
     def with_token_ids(self, token_ids: list[int]) -> Self:
-        return replace(self, token_ids=tuple(int(i) for i in token_ids))
+        return replace(self, token_ids=tuple(token_ids))
 
     def check(self, model: PreTrainedModel) -> None:
         layout = describe(model)
@@ -93,7 +101,9 @@ class Ablation:
         return min(wanted, context_limit(model) or wanted)
 
     def _ids(self, model: PreTrainedModel) -> tuple[int, ...]:
-        return self.token_ids or tuple(real_token_ids(model).tolist())
+        if self.token_ids is not None:
+            return self.token_ids
+        return tuple(real_token_ids(model).tolist())
 
     def _metric(self, model: PreTrainedModel, layout: ModelLayout) -> AblationContribution:
         probes = ablation_sequences(
@@ -133,14 +143,15 @@ class _OnText(ABC):
     text_key: str = "text"
     n_rows: int = 128
     every_n_steps: int | None = None
-    _read: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    # Of this object's text and tokenizer: ``replace`` starts anew.
+    _read: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in self._plain}
         rows = next(reversed(self._read.values()), None)
         return values | {
             "text": describe_text(self.text),
-            # None until the text is read.
+            # Of the rows last used, which a model's context may have cut; None until then.
             "rows_sha256": None if rows is None else sha256_of(rows.numpy()),
         }
 
@@ -166,6 +177,7 @@ class _OnText(ABC):
                 vocab_size=size,
                 text_key=self.text_key,
             )
+        self._read[key] = self._read.pop(key)  # the one last used stands last
         return self._read[key]
 
     @abstractmethod
@@ -215,7 +227,7 @@ class _AttentionOnText(_OnText):
 
     _plain: ClassVar[tuple[str, ...]] = ("n_rows", "length")
     length: int = 128
-    _built: dict[int, ProbeSet] = field(default_factory=dict, repr=False)
+    _built: dict[int, ProbeSet] = field(default_factory=dict, init=False, repr=False)
 
     def check(self, model: PreTrainedModel) -> None:
         describe(model)
@@ -277,8 +289,9 @@ class Copying:
 
     Attributes:
         seed, n_sequences, length: of the random sequences.
-        token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
-            the model's configuration tells.
+        token_ids: ids to draw from, given as any sequence, array or tensor of whole numbers; None
+            takes those the model's tokenizer really uses, as far as the model's configuration
+            tells.
         every_n_steps: optimizer steps between measurements; None leaves it to the monitor.
     """
 
@@ -288,19 +301,20 @@ class Copying:
     length: int = 25
     token_ids: tuple[int, ...] | None = None
     every_n_steps: int | None = None
-    _drawn: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _make_ids_a_tuple(self)
 
     def settings(self) -> dict[str, Any]:
-        ids = self.token_ids
         return {
             "seed": self.seed,
             "n_sequences": self.n_sequences,
             "length": self.length,
-            "token_ids_sha256": None if ids is None else sha256_of(np.asarray(ids, np.int64)),
+            "token_ids": describe_token_ids(self.token_ids),
         }
 
     def with_token_ids(self, token_ids: list[int]) -> Self:
-        return replace(self, token_ids=tuple(int(i) for i in token_ids), _drawn={})
+        return replace(self, token_ids=tuple(token_ids))
 
     def check(self, model: PreTrainedModel) -> None:
         describe(model)
@@ -313,13 +327,11 @@ class Copying:
         return metric.compute()
 
     def _sequences(self, model: PreTrainedModel) -> Tensor:
-        size = int(model.config.vocab_size)
-        if size not in self._drawn:
-            self._drawn[size] = copying_sequences(
-                real_token_ids(model) if self.token_ids is None else self.token_ids,
-                seed=self.seed,
-                n_sequences=self.n_sequences,
-                length=self.length,
-            )
-            check_ids(model, self._drawn[size])
-        return self._drawn[size]
+        tokens = copying_sequences(
+            real_token_ids(model) if self.token_ids is None else self.token_ids,
+            seed=self.seed,
+            n_sequences=self.n_sequences,
+            length=self.length,
+        )
+        check_ids(model, tokens)
+        return tokens

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mda_lightning.corpora.bpe import END_OF_TEXT
+from mda_lightning.files import sha256_of
 
 #: A path to ``tokenizer.json``, a folder or hub name that ``AutoTokenizer`` reads, or an object of
 #: the `tokenizers` or `transformers` library.
 TokenizerLike = str | os.PathLike[str] | Tokenizer | PreTrainedTokenizerBase
+
+#: Token ids as a caller may give them; of an array or tensor, one dimension.
+TokenIds = Sequence[int] | Tensor | NDArray[np.integer]
+
+_SHORT = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +105,40 @@ def token_ids_of(tokenizer: TokenizerLike, model: PreTrainedModel) -> Tensor:
     vocabulary = read_vocabulary(tokenizer)
     vocabulary.check_fits(int(model.config.vocab_size))
     return vocabulary.ids[~torch.isin(vocabulary.ids, vocabulary.special)]
+
+
+def token_id_tuple(token_ids: TokenIds) -> tuple[int, ...]:
+    """Token ids as a tuple of int, in the order given.
+
+    Raises:
+        ValueError: none, or something other than whole numbers in one row.
+    """
+    given = token_ids.tolist() if isinstance(token_ids, Tensor | np.ndarray) else token_ids
+    try:
+        found = tuple(operator.index(i) for i in given)
+    except TypeError as error:
+        raise ValueError(
+            f"token_ids are whole numbers in one row ({error}); give for example range(1, 50000)"
+        ) from error
+    if not found:
+        raise ValueError("token_ids is empty; give at least as many as a sequence has tokens")
+    return found
+
+
+def describe_token_ids(token_ids: Sequence[int] | None) -> Any:
+    """What determines token ids, as short JSON values.
+
+    A contiguous range by its ends, ``{"first", "last"}``; up to 100 others as a list; more of them
+    by ``{"count", "sha256"}``, the hash over their int64 values in order. None stays None.
+    """
+    if token_ids is None:
+        return None
+    ids = list(token_ids)
+    if ids == list(range(ids[0], ids[-1] + 1)):
+        return {"first": ids[0], "last": ids[-1]}
+    if len(ids) <= _SHORT:
+        return ids
+    return {"count": len(ids), "sha256": sha256_of(np.asarray(ids, dtype=np.int64))}
 
 
 def _read(place: str | os.PathLike[str]) -> Tokenizer | PreTrainedTokenizerBase:
