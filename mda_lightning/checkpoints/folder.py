@@ -75,7 +75,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{folder}: model family {model_type!r} has no layout here; supported: "
-            f"{', '.join(FAMILIES)}. A family is one row of mda_lightning.architectures.FAMILIES"
+            f"{', '.join(FAMILIES)}. A family is one row of mda_lightning.families.FAMILIES"
         )
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class StateFile:
         auto_model: Any = AutoModelForCausalLM
         with quiet_loading(), torch.device("meta"):
             skeleton = auto_model.from_config(self._config)
-        prefix = self._find_prefix(state, _backbone(skeleton))
+        backbone = _backbone(skeleton)
+        prefix = self._find_prefix(state, backbone)
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         model_class: Any = type(skeleton)
         try:
@@ -99,7 +100,7 @@ class StateFile:
                     None,
                     config=self._config,
                     state_dict=own,
-                    dtype=dtype or next(iter(own.values())).dtype,
+                    dtype=dtype or _saved_dtype(own[name] for name in backbone),
                     output_loading_info=True,
                 )
         except RuntimeError as error:
@@ -183,6 +184,11 @@ def _backbone(skeleton: PreTrainedModel) -> dict[str, Tensor]:
     """Names and shapes that must be there; the unembedding may be tied, or called otherwise."""
     inner = f"{skeleton.base_model_prefix}."
     return {k: v for k, v in skeleton.state_dict().items() if k.startswith(inner)}
+
+
+def _saved_dtype(weights: Iterable[Tensor]) -> torch.dtype:
+    """Of the first weight that is a fraction; counters and masks say nothing of the model."""
+    return next((one.dtype for one in weights if one.is_floating_point()), torch.float32)
 
 
 def _misfit(state: Mapping[str, Tensor], backbone: Mapping[str, Tensor], end: str) -> str | None:

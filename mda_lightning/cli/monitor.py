@@ -86,7 +86,13 @@ def add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--seed", type=int, help="of the probe sequences (default: each metric's own)"
     )
     measuring.add_argument(
-        "--sequences", type=positive, metavar="N", help="probe sequences (default: 100)"
+        "--sequences",
+        type=positive,
+        metavar="N",
+        help=(
+            "probe sequences (default: each metric's own, 100; 50 for copying); metrics on text "
+            "have none"
+        ),
     )
     measuring.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
@@ -98,7 +104,9 @@ def add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="what is computed in; auto: as saved (default: %(default)s)",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="fail where weights repeat; else they are marked"
+        "--strict",
+        action="store_true",
+        help="fail where steps have equal weights; else they are marked",
     )
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.set_defaults(run=_monitor)

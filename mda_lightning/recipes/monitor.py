@@ -53,7 +53,7 @@ Doing = Literal["reading", "loading", "measuring", "writing"]
 
 
 class RepeatedWeightsError(ValueError):
-    """A checkpoint's weights equal those of another step."""
+    """A checkpoint's weights equal those of another step of the training."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def monitor_checkpoints(
         device: "auto" is CUDA where there is one.
         dtype: what the model computes in: "float32", "bfloat16", "float16", or "auto", the one it
             was saved in. Weights are compared before they are rounded to it.
-        strict: raise where weights repeat, rather than mark them.
+        strict: raise where two steps of the training have equal weights, rather than mark them.
         warn: told what the user should know; None is :func:`warnings.warn`.
         watch: told of the progress.
 
@@ -214,7 +214,13 @@ class _Run:
         self._report_missing(checkpoint.label, step, scores)
         self.measured.append(
             MeasuredCheckpoint(
-                checkpoint.label, step, step_from, sha, scores, checkpoint.provenance()
+                checkpoint.label,
+                step,
+                step_from,
+                checkpoint.step,
+                sha,
+                scores,
+                checkpoint.provenance(),
             )
         )
         return measured_any
@@ -246,24 +252,34 @@ class _Run:
 
     def _is_new(self, checkpoint: Checkpoint, sha: str, step: int) -> bool:
         """Look for the same weights, and for other weights of the same step, so far."""
-        for other in self.measured:
-            if other.weights_sha256 == sha and other.step == step:
-                self._say(f"{checkpoint.label} is {other.label} again; it is measured once")
+        label, own = checkpoint.label, checkpoint.step
+        same = [other for other in self.measured if other.weights_sha256 == sha]
+        for other in same:
+            if own is not None and other.own_step == own:
+                self._say(f"{label} is {other.label} again; it is measured once")
                 return False
+        accused = [other for other in same if None not in (own, other.own_step)]
+        marked = "Both stay in the table, marked under `repeats`"
+        if accused:
+            other = accused[0]
+            message = (
+                f"repeated weights: {label} (step {own}) has the very weights of {other.label} "
+                f"(step {other.own_step}); one of them is not what it says"
+            )
+            if self._strict:
+                raise RepeatedWeightsError(f"{message}; stopped, for --strict was given")
+            self._say(f"{message}. {marked}")
+        elif same:
+            unknown = label if own is None else same[0].label
+            self._say(
+                f"{label} has the weights of {same[0].label}; the step of {unknown} is not known, "
+                f"so they may be one checkpoint. {marked}"
+            )
         for other in self.measured:
-            if other.weights_sha256 == sha:
-                message = (
-                    f"repeated weights: {checkpoint.label} (step {step}) has the very weights of "
-                    f"{other.label} (step {other.step}); one of them is not what it says"
-                )
-                if self._strict:
-                    raise RepeatedWeightsError(f"{message}; stopped, for --strict was given")
-                self._say(f"{message}. Both stay in the table, marked under `repeats`")
-                break
-            if other.step == step:
+            if other.step == step and other.weights_sha256 != sha:
                 self._say(
                     f"two checkpoints are of step {step}, with different weights: {other.label} "
-                    f"and {checkpoint.label}; the column `checkpoint` tells them apart"
+                    f"and {label}; the column `checkpoint` tells them apart"
                 )
         return True
 

@@ -103,13 +103,13 @@ def summary(folder: Path) -> Table:
         top = own.loc[peaks.idxmax()].sort_values("value", ascending=False).head(_TOP)
         for place, row in enumerate(top.to_dict("records")):
             same = (own["checkpoint"] == last) & _is(own, "layer", row) & _is(own, "head", row)
-            now = own[same].iloc[0]
+            now = own[same].to_dict("records")  # none where the last one lacks the metric
             table.add_row(
                 str(metric) if place == 0 else "",
                 "model" if pd.isna(row["layer"]) else f"L{row['layer']:.0f}H{row['head']:.0f}",
                 f"{row['value']:.3f}",
                 str(row["step"]),
-                f"{now['value']:.3f} ± {now['se']:.3f}",
+                f"{now[0]['value']:.3f} ± {now[0]['se']:.3f}" if now else "–",
                 f"{chance[metric]:.3f}" if metric in chance and place == 0 else "",
             )
     return table

@@ -50,12 +50,14 @@ class MeasuredCheckpoint:
 
     Attributes:
         step: the row's step; step_from: what said so.
+        own_step: of its training; None where nothing tells, and ``step`` is a place in the list.
         provenance: where the checkpoint came from.
     """
 
     label: str
     step: int
     step_from: str
+    own_step: int | None
     weights_sha256: str
     scores: Scores
     provenance: Mapping[str, Any]
@@ -157,14 +159,19 @@ def write_table(
 def write_figures(
     folder: Path, measured: Sequence[MeasuredCheckpoint], *, chance: Mapping[str, float]
 ) -> list[Path]:
-    """One PNG a metric; those of metrics that the table no longer has are removed."""
-    steps = [str(one.step) for one in measured]
+    """One PNG a metric, over the checkpoints that have it; those of other metrics are removed.
+
+    A key that names positions, such as ``icl/gain@63``, is of models with that context only.
+    """
     by_place = any(one.step_from == BY_PLACE for one in measured)
     axis = f"checkpoint, by its {BY_PLACE}" if by_place else AT_STEP
-    marked = [same is not None for same in repeats(measured)]
+    repeated = list(zip(measured, repeats(measured), strict=True))
     written = []
     for metric in dict.fromkeys(metric for one in measured for metric in one.scores):
-        grids = [one.scores[metric] for one in measured]
+        having = [(one, same is not None) for one, same in repeated if metric in one.scores]
+        steps = [str(one.step) for one, _ in having]
+        marked = [mark for _, mark in having]
+        grids = [one.scores[metric] for one, _ in having]
         values, errors = (np.stack(part) for part in zip(*grids, strict=True))
         if values.ndim == 3:
             n, layers, heads = values.shape
