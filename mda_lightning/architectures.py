@@ -334,6 +334,15 @@ def unembedding(model: PreTrainedModel) -> nn.Module:
     return found
 
 
+def special_token_ids(model: PreTrainedModel) -> set[int]:
+    """Ids that a model's configuration names as special; some name several for the end of text."""
+    special: set[int | None] = set()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(model.config, key, None)
+        special |= set(given) if isinstance(given, (list, tuple)) else {given}
+    return {i for i in special if i is not None}
+
+
 def real_token_ids(model: PreTrainedModel) -> Tensor:
     """Token ids that a model's tokenizer really uses, without special or padding ids, int64 [V'].
 
@@ -345,8 +354,5 @@ def real_token_ids(model: PreTrainedModel) -> Tensor:
     size = int(config.vocab_size)
     if size in (50304, 50432, 50688):
         return torch.arange(2, 50277)
-    special = set[int | None]()
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        given = getattr(config, key, None)
-        special |= set(given) if isinstance(given, (list, tuple)) else {given}
+    special = special_token_ids(model)
     return torch.tensor([i for i in range(size) if i not in special], dtype=torch.int64)

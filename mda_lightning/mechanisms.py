@@ -20,6 +20,7 @@ from mda_lightning.architectures import (
     BlockName,
     describe,
     real_token_ids,
+    special_token_ids,
     unembedding,
 )
 from mda_lightning.attention import attention_at
@@ -30,6 +31,7 @@ from mda_lightning.probes import (
     repeated_sequences,
     single_target_sequences,
 )
+from mda_lightning.vocabulary import describe_token_ids, token_id_tuple
 
 ProbeFunction = Literal["attention", "log_attention", "copy_logprob"]
 
@@ -94,9 +96,11 @@ class _HeadMechanism(ABC):
     bos: int | None = None
     token_ids: tuple[int, ...] | None = None
     length: tuple[int, int] = (8, 20)
-    _built: dict[Any, ProbeSet] = field(default_factory=dict, repr=False, compare=False)
+    _built: dict[Any, ProbeSet] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.token_ids is not None:
+            object.__setattr__(self, "token_ids", token_id_tuple(self.token_ids))
         if self.seed == self.probe_seed:
             raise ValueError(
                 f"seed and probe_seed are both {self.seed}: the metric and the probe function must "
@@ -105,13 +109,10 @@ class _HeadMechanism(ABC):
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_built"}
-        ids = self.token_ids
-        if ids is not None and ids == tuple(range(ids[0], ids[-1] + 1)):
-            values["token_ids"] = {"first": ids[0], "last": ids[-1]}
-        return values
+        return values | {"token_ids": describe_token_ids(self.token_ids)}
 
     def with_token_ids(self, token_ids: list[int]) -> Self:
-        return replace(self, token_ids=tuple(int(i) for i in token_ids), _built={})
+        return replace(self, token_ids=tuple(token_ids))
 
     @abstractmethod
     def _probes(self, kind: str, ids: tuple[int, ...]) -> ProbeSet:
@@ -143,8 +144,8 @@ class _HeadMechanism(ABC):
     def _draw(self, kind: str, model: PreTrainedModel) -> ProbeSet:
         if self.token_ids is not None:
             return self._draw_from(kind, self.token_ids)
-        # The ids follow from the vocabulary's size; no need to list them each time.
-        key = (kind, int(model.config.vocab_size))
+        # What the ids follow from; no need to list them each time.
+        key = (kind, (int(model.config.vocab_size), *sorted(special_token_ids(model))))
         if key not in self._built:
             self._built[key] = self._probes(kind, tuple(real_token_ids(model).tolist()))
         return self._built[key]
@@ -275,6 +276,4 @@ def mechanism(name: str, **settings: Any) -> Mechanism:
     """
     if name not in MECHANISMS:
         raise ValueError(f"{name!r} is not a mechanism; there are: {', '.join(MECHANISMS)}")
-    if isinstance(ids := settings.get("token_ids"), (list, range)):
-        settings["token_ids"] = tuple(int(i) for i in ids)
     return MECHANISMS[name](**settings)

@@ -191,7 +191,7 @@ def test_every_family_is_tested_and_others_are_refused() -> None:
         describe(other)
     with pytest.raises(UnsupportedModelError, match="expected one Hugging Face language model"):
         find_language_model(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(UnsupportedModelError, match="no part .gpt_neox.layers.0"):
+    with pytest.raises(UnsupportedModelError, match=r"no part 'gpt_neox\.layers\.0"):
         describe(random_neox().base_model)
 
 

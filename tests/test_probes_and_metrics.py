@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -231,3 +233,22 @@ def test_a_model_that_returns_tuples_is_read_alike() -> None:
     before = mech.probe(model).detach()
     model.config.return_dict = False
     assert torch.equal(mech.probe(model).detach(), before)
+
+
+def test_settings_that_are_replaced_draw_other_sequences() -> None:
+    model = random_neox(vocab_size=60)
+    few = mechanism("previous_token", n_sequences=3, token_ids=np.arange(1, 60))
+    many = replace(few, n_sequences=40)
+    single = mechanism("previous_token", n_sequences=40, token_ids=list(range(1, 60)))
+    few.scores(model)
+    assert torch.equal(many.scores(model).mean, single.scores(model).mean)
+    assert many.settings()["token_ids"] == {"first": 1, "last": 59}
+
+
+def test_models_of_one_size_with_other_special_ids_do_not_share_sequences() -> None:
+    mech, one, other = mechanism("induction"), random_neox(), random_neox()
+    other.config.eos_token_id = [7, 9, 11]
+    shared = mech.scores(one), mech.scores(other)
+    alone = mechanism("induction").scores(other)
+    assert torch.equal(shared[1].mean, alone.mean)
+    assert not torch.equal(shared[0].mean, alone.mean)
