@@ -85,7 +85,7 @@ def line_chart(
     """Curves over steps.
 
     Args:
-        tracks: the curves; at least one.
+        tracks: the curves; without any there are axes only.
         label: what a screen reader says it is.
         chance: a dashed level.
         spans: (start, end) shaded, their edges drawn; an end of None is the right edge.
@@ -104,7 +104,7 @@ def line_chart(
     texts = [_level(v, levels) for v in levels]
     names = [f"{t.name} {_last(t):.3g}" if name_ends else "" for t in tracks]
     left = 10.0 + _CHARACTER * max(map(len, texts))
-    right = width - (10.0 if not name_ends else 30.0 + _CHARACTER * max(map(len, names)))
+    right = width - (10.0 if not name_ends else 30.0 + _CHARACTER * max(map(len, names), default=0))
     upper, lower = 10.0, height - 42.0
 
     def x(step: float) -> float:

@@ -126,8 +126,11 @@ class Cell:
         if not math.isfinite(self.value):
             return "–"
         if self.top < 0.1:
-            return f"{self.value:.0e}".replace("e-0", "e-")
-        return f"{self.value:.2f}".replace("0.", ".", 1)
+            return f"{self.value:.0e}".replace("e-0", "e-") if self.value else "0"
+        text = f"{self.value:.2f}"
+        if text.startswith(("0.", "-0.")):
+            text = text.replace("0.", ".", 1)
+        return ".00" if text == "-.00" else text
 
     @property
     def style(self) -> str:
