@@ -96,6 +96,11 @@ class WindowDetector:
         return self._smooth[self._n - 1].copy() if self._n else np.full(self.n_units, np.nan)
 
     @property
+    def newest(self) -> NDArray[np.float64]:
+        """[n_units] the last values, finite or not; NaN before the first."""
+        return self._values[self._n - 1].copy() if self._n else np.full(self.n_units, np.nan)
+
+    @property
     def highest(self) -> NDArray[np.float64]:
         """[n_units] the highest values so far; NaN where none was finite."""
         if not self._n:

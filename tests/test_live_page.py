@@ -10,10 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-from training import Clock, CurveMechanism, FakeMeasure, StrangersModule, fit, jump
+from training import Clock, CurveMechanism, FakeMeasure, Rows, StrangersModule, fit, jump
 
 from mda_lightning.analysis.charts import MOST_POINTS, Track, decimated, line_chart, ticks
-from mda_lightning.analysis.live import Event, HeadsView, LiveView, live_page
+from mda_lightning.analysis.live import Cell, Event, HeadsView, LiveView, live_page
 from mda_lightning.callbacks import CriticalWindow, UnitMonitor
 from mda_lightning.callbacks.allowance import Allowance
 
@@ -131,6 +131,22 @@ def test_a_metric_with_negative_values_has_colours_that_diverge_from_0() -> None
     assert colours[0] == "#2d004b" and colours[1] == "#f7f7f6" and colours[3] == "#7f3b08"
 
 
+def test_the_number_in_a_cell_reads_as_its_value() -> None:
+    magnitudes = [m * 10.0**e for e in range(-4, 5) for m in (1.0, 2.025, 9.96)]
+    for value in [0.0, *magnitudes, *(-m for m in magnitudes)]:
+        for top in (0.05, 30.0):
+            text = Cell(0, 0, value, 0.1, -top, top, False).short
+            if top >= 0.1:
+                assert abs(float(text) - value) <= 0.005 + 1e-9, (value, text)
+                assert not text.startswith(("0.", "-0."))
+            elif value:  # one digit
+                digit = 10.0 ** np.floor(np.log10(abs(value)))
+                assert abs(float(text) - value) <= 0.5 * digit + 1e-9, (value, text)
+    assert [Cell(0, 0, 0.0, 0.1, 0.0, top, False).short for top in (0.05, 1.0)] == ["0", ".00"]
+    assert Cell(0, 0, -0.001, 0.1, -1.0, 1.0, False).short == ".00"
+    assert Cell(0, 0, float("nan"), 0.1, 0.0, 1.0, False).short == "–"
+
+
 @pytest.mark.parametrize("n", [1, 2, 399, 400, 401, 5000])
 def test_long_curves_keep_their_shape_in_few_points(n: int) -> None:
     generator = np.random.default_rng(n)
@@ -174,6 +190,15 @@ def test_curves_are_drawn_where_their_values_are() -> None:
     assert float(span[1]) + float(span[2]) == pytest.approx(at[2][0], abs=0.2)
     chance = re.search(r'class="chance" d="M[\d.]+ ([\d.]+)H', svg)
     assert chance is not None and float(chance[1]) == pytest.approx(at[1][1], abs=0.2)
+
+
+def test_a_chart_without_curves_has_axes_and_a_page_without_them_its_grid() -> None:
+    svg = str(line_chart([], label="x", chance=0.05, least_top=0.2))
+    assert 'class="axis"' in svg and 'class="chance"' in svg and 'class="curve' not in svg
+    one = HeadsView("induction", 0, np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32), [])
+    page = Page(live_page(view(heads=[one])))
+    assert "heads that have been highest" not in page.text
+    assert len([cell for cell in page.all("td") if cell.get("title")]) == 2
 
 
 def test_names_at_the_ends_of_curves_do_not_cover_each_other() -> None:
@@ -251,6 +276,52 @@ def test_after_an_exception_it_says_what_stopped_the_run(
     assert not page.refreshes
     assert f"stopped by {words}" in page.text and "6 of 12" in page.text
     assert (tmp_path / "curve.png").exists() and (tmp_path / "unit_metrics.parquet").exists()
+
+
+class FailsAtSetup(pl.Callback):
+    def setup(self, *_: Any, **__: Any) -> None:
+        raise KeyError("at setup")
+
+
+def test_an_exception_before_training_leaves_no_page_and_spoils_none(tmp_path: Path) -> None:
+    run = callbacks(tmp_path / "run")
+    with pytest.raises(KeyError, match="at setup"):
+        fit(StrangersModule(), [*run, FailsAtSetup()], tmp_path)
+    assert not (tmp_path / "run" / "live.html").exists()
+    fit(StrangersModule(), run, tmp_path, max_steps=3)
+    before = (tmp_path / "run" / "live.html").read_text()
+    for order in ([*run, FailsAtSetup()], [FailsAtSetup(), *run]):
+        with pytest.raises(KeyError, match="at setup"):
+            fit(StrangersModule(), order, tmp_path)
+        assert (tmp_path / "run" / "live.html").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        # 16 rows in batches of 4, 3 accumulated: 2 optimizer steps an epoch.
+        ({"max_steps": 7, "max_epochs": 2}, 4),
+        ({"max_steps": 3, "max_epochs": 2}, 3),
+        ({"max_steps": -1, "max_epochs": 2}, 4),
+        ({"max_steps": 5}, 5),
+    ],
+)
+def test_the_planned_steps_are_those_that_are_made(
+    tmp_path: Path, limits: dict[str, int], expected: int
+) -> None:
+    clock = Clock()
+    monitor = UnitMonitor([CurveMechanism(clock, jump(3))], measures=(), folder=str(tmp_path))
+    reads = Reads(tmp_path / "live.html", at=1)
+    trainer = fit(
+        StrangersModule(),
+        [clock, monitor, reads],
+        tmp_path,
+        data=Rows(16),
+        accumulate_grad_batches=3,
+        **limits,
+    )
+    assert trainer.global_step == expected
+    assert f"0 of {expected}" in Page(reads.seen).text
 
 
 def test_live_can_be_switched_off_and_fast_dev_run_writes_none(tmp_path: Path) -> None:

@@ -141,6 +141,27 @@ def test_a_warning_makes_the_next_steps_dense_until_it_comes_to_nothing(tmp_path
     assert steps == [*range(0, 101, QUIET), 102, *range(110, 291, QUIET)]
 
 
+@pytest.mark.parametrize(("lost_at", "phase"), [(102, "warned"), (150, "open")])
+def test_a_head_that_is_lost_after_its_warning_does_not_keep_the_rate_dense(
+    tmp_path: Path, lost_at: int, phase: str
+) -> None:
+    def curve(step: int) -> np.ndarray:
+        values = np.full((2, 2), 0.05)
+        values[1, 1] = 0.05 if step < 100 else 0.2 + 0.002 * (step - 100)
+        values[1, 1] = np.nan if step >= lost_at else values[1, 1]
+        return values
+
+    with pytest.warns(UserWarning, match=f"not finite at step {lost_at}"):
+        monitor, window = run(tmp_path, curve, quiet=QUIET, tolerance=10.0)
+    assert window.phase == phase
+    first_quiet = lost_at + (QUIET if lost_at % QUIET == 0 else QUIET - lost_at % QUIET)
+    assert steps_of(monitor) == [
+        *range(0, 100, QUIET),
+        *range(100, lost_at + 1, DENSE),
+        *range(first_quiet, 291, QUIET),
+    ]
+
+
 def test_an_open_window_is_measured_densely_whatever_the_tolerance(tmp_path: Path) -> None:
     monitor, window = run(tmp_path, rise, quiet=QUIET, tolerance=10.0)
     assert window.window is not None and window.phase == "closed"

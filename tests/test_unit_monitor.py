@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from models import random_model
 from tokenizers import Tokenizer, models
 from training import Clock, CurveMechanism, FakeMeasure, Rows, StrangersModule, fit, jump
 
 from mda_lightning.analysis.study import StudyError, read_head_curves
 from mda_lightning.callbacks import CriticalWindow, InfluenceScoring, UnitMonitor
 from mda_lightning.callbacks.metric_table import MetricTable
-from mda_lightning.measures import measure
+from mda_lightning.measures import Mu, measure
 from mda_lightning.mechanisms import mechanism
 
 
@@ -167,6 +169,109 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match="choose another output folder"):
         fit(StrangersModule(), [small(folder=str(tmp_path / "file" / "x"))], tmp_path)
+
+
+def test_numbers_out_of_range_are_refused_and_no_head_is_a_number_in_range(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="top_k=-1: log 0 heads"):
+        UnitMonitor(top_k=-1)
+    with pytest.raises(ValueError, match="write_every_n_steps=0: write at most every step, 1"):
+        UnitMonitor(write_every_n_steps=0)
+    logger = CSVLogger(tmp_path)
+    fit(StrangersModule(), [small(top_k=0)], tmp_path, logger=logger, max_steps=3)
+    keys = rows(Path(logger.log_dir) / "metrics.csv")[0].keys()
+    assert "induction/max" in keys and not any("/L" in key for key in keys)
+
+
+def test_one_name_or_object_is_a_list_of_one() -> None:
+    one = UnitMonitor("induction", measures="ablation")
+    assert one.measuring.names == ["induction", "ablation"]
+    mechanisms = [mechanism("induction"), mechanism("previous_token", n_sequences=4)]
+    two = UnitMonitor(mechanisms[0], measures=mechanisms[1])
+    assert two.mechanisms == mechanisms[:1] and two.measures == [Mu(mechanisms[1])]
+    assert two.mechanism("previous_token") is None
+    with pytest.raises(ValueError, match="each of another name"):
+        UnitMonitor("induction", measures=[mechanisms[0]])
+
+
+@pytest.mark.parametrize("name", ["copying", "ablation", "induction"])
+def test_a_measures_own_token_ids_stay(name: str) -> None:
+    own = measure(name).with_token_ids([3, 5, 8, 9, 11, 17])
+    (kept,) = UnitMonitor(measures=[own], mechanisms=(), token_ids=range(1, 40)).measures
+    assert kept is own
+    (given,) = UnitMonitor(measures=[measure(name)], mechanisms=(), token_ids=range(1, 7)).measures
+    assert given == measure(name).with_token_ids([1, 2, 3, 4, 5, 6])
+
+
+def test_token_ids_that_the_settings_do_not_tell_of_stay_too() -> None:
+    class Own(FakeMeasure):
+        token_ids = (3, 5)
+
+        def settings(self) -> dict[str, Any]:
+            return {}
+
+        def with_token_ids(self, token_ids: list[int]) -> FakeMeasure:
+            raise AssertionError("its own ids were to be replaced")
+
+    own = Own(Clock())
+    assert UnitMonitor(measures=own, mechanisms=(), token_ids=range(1, 40)).measures == [own]
+
+
+def test_two_monitors_may_not_write_over_each_other(tmp_path: Path) -> None:
+    others = {"every_n_steps": 5, "measures": ()}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for folders in ((None, None), (tmp_path / "a", tmp_path / "b")):
+        first, second = (None if f is None else str(f) for f in folders)
+        pair = [
+            UnitMonitor("induction", folder=first, **others),
+            UnitMonitor("previous_token", folder=second, **others),
+        ]
+        with pytest.raises(
+            ValueError, match=r"\['induction'\]\) and .*\['previous_token'\]\) .*folder="
+        ):
+            fit(StrangersModule(), pair, tmp_path)
+    pair[1] = UnitMonitor("previous_token", folder=str(tmp_path / "c"), **others)
+    fit(StrangersModule(), [*pair, CriticalWindow("previous_token")], tmp_path, max_steps=5)
+    for folder, metric in (("a", "induction"), ("c", "previous_token")):
+        assert set(table_of(tmp_path / folder)["metric"]) == {metric}
+        assert metric in (tmp_path / folder / "live.html").read_text()
+
+
+def test_what_heads_share_is_on_the_page_and_in_the_tables_provenance(tmp_path: Path) -> None:
+    for family in ("llama", "gpt2"):
+        module = StrangersModule()
+        module.net["lm"] = random_model(family)
+        folder = tmp_path / family
+        fit(module, [small(folder=str(folder))], tmp_path, max_steps=1)
+        metadata = pq.read_schema(folder / "unit_metrics.parquet").metadata[b"mda_lightning"]
+        sharing = json.loads(metadata)["provenance"]["sharing"]
+        page = (folder / "live.html").read_text()
+        if family == "llama":  # 4 heads, 2 of keys and values
+            assert "2 heads share each key and value head" in sharing and sharing in html.unescape(
+                page
+            )
+        else:
+            assert sharing is None and "grouped queries" not in page
+
+
+def test_a_second_fit_reports_again_what_is_not_finite(tmp_path: Path) -> None:
+    clock = Clock()
+    curve = CurveMechanism(clock, lambda step: np.full((2, 2), np.nan if step else 0.1))
+    monitor = UnitMonitor([curve], measures=(), every_n_steps=1)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="curve is not finite at step 1"):
+            fit(StrangersModule(), [clock, monitor], tmp_path, max_steps=3)
+
+
+def test_a_measurement_without_a_finite_number_logs_no_empty_row(tmp_path: Path) -> None:
+    clock, logger = Clock(), CSVLogger(tmp_path)
+    curve = CurveMechanism(clock, lambda step: np.full((2, 2), 0.1 if step in (0, 4) else np.nan))
+    monitor = UnitMonitor([curve], measures=(), every_n_steps=2)
+    with pytest.warns(UserWarning, match="not finite at step 2"):
+        fit(StrangersModule(), [clock, monitor], tmp_path, logger=logger, max_steps=6)
+    logged = rows(Path(logger.log_dir) / "metrics.csv")
+    assert [row["step"] for row in logged if row["curve/max"]] == ["0", "4"]
+    assert all(any(v for k, v in row.items() if k not in ("step", "epoch")) for row in logged)
 
 
 def table_of(folder: Path) -> Any:

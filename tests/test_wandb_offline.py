@@ -88,6 +88,30 @@ def test_an_offline_run_holds_rows_table_images_alerts_and_summary(
     assert summary["fake/heads/best_step"] == 12
 
 
+def test_rows_beyond_what_wandb_takes_at_once_are_sent_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B cuts an increment at its own limit; a small one takes the same way as 200,000."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(wandb.Table, "MAX_ARTIFACT_ROWS", 20)
+    logger = WandbLogger(save_dir=tmp_path, project="test", offline=True)
+    clock = Clock()
+    monitors = [
+        UnitMonitor([CurveMechanism(clock, jump(3))], measures=(), every_n_steps=1),
+        UnitMonitor("induction", measures=(), every_n_steps=5, folder=str(tmp_path / "other")),
+    ]
+    fit(StrangersModule(), [clock, *monitors], tmp_path, logger=logger, max_steps=12)
+    wandb.finish()
+    read = OfflineRun(tmp_path)
+    for key, metric, monitor in zip(
+        ("unit_metrics", "unit_metrics_2"), ("curve", "induction"), monitors, strict=True
+    ):
+        rows = read.table_rows(key)
+        assert rows == _as_json(monitor.table.rows(metric))
+        assert read.step_metrics[key] == "trainer/global_step"
+    assert len(read.table_rows("unit_metrics")) == 13 * 4
+
+
 def _as_json(rows: list) -> list[list]:
     import json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,10 +46,10 @@ class OfflineRun:
 
     def table_rows(self, key: str) -> list[list[Any]]:
         """All rows of an incremental table, in the order they were sent."""
-        parts = sorted(
-            (self.folder / "files" / "media" / "table").glob(f"{key}_*.table.json"),
-            key=lambda path: int(path.stem.split("_")[-2]),
-        )
+        name = re.compile(rf"{key}_(\d+)_[0-9a-f]+\.table\.json")  # not of key_2
+        files = (self.folder / "files" / "media" / "table").iterdir()
+        found = [(int(m[1]), path) for path in files if (m := name.fullmatch(path.name))]
+        parts = [path for _, path in sorted(found)]
         return [row for part in parts for row in json.loads(part.read_text())["data"]]
 
     def images(self, key: str) -> list[Path]:

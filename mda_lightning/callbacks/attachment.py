@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from mda_lightning import __version__
+from mda_lightning.measures import Measure
 from mda_lightning.mechanisms import Mechanism, mechanism
 
 C = TypeVar("C", bound=pl.Callback)
@@ -42,9 +43,15 @@ def build_mechanism(
 ) -> Mechanism:
     """A mechanism by name or as given; ``token_ids`` are used where it has none of its own."""
     built = mechanism(wanted, **settings) if isinstance(wanted, str) else wanted
-    if token_ids is not None and built.settings().get("token_ids") is None:
+    if token_ids is not None and not has_token_ids(built):
         built = built.with_token_ids([int(i) for i in token_ids])
     return built
+
+
+def has_token_ids(one: Mechanism | Measure) -> bool:
+    """Whether it has token ids of its own: as an attribute, or among its settings."""
+    own = getattr(one, "token_ids", None)
+    return own is not None or one.settings().get("token_ids") is not None
 
 
 def callbacks_before(

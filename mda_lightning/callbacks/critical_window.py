@@ -120,6 +120,11 @@ class CriticalWindow(pl.Callback):
         return "before" if self.follower is None else self.follower.phase
 
     @property
+    def asks(self) -> bool:
+        """Whether the monitor is to measure at its dense rate."""
+        return self.follower is not None and self.follower.asks
+
+    @property
     def window(self) -> tuple[Head, Window] | None:
         """The target and its window: closed, else open, else the last that lapsed, else None."""
         return None if self.follower is None else self.follower.window

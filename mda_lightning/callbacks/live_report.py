@@ -23,7 +23,6 @@ from mda_lightning.analysis.live import (
 from mda_lightning.callbacks.allowance import Allowance
 from mda_lightning.callbacks.metric_keys import ScalarKeys
 from mda_lightning.callbacks.metric_table import MetricTable
-from mda_lightning.callbacks.window_follower import Phase
 from mda_lightning.files import atomic_path
 from mda_lightning.units import Head
 from mda_lightning.window import Window
@@ -38,7 +37,7 @@ class Follower(Protocol):
     mechanism: str
 
     @property
-    def phase(self) -> Phase: ...
+    def asks(self) -> bool: ...
 
     @property
     def window(self) -> tuple[Head, Window] | None: ...
@@ -135,12 +134,12 @@ def planned_steps(trainer: pl.Trainer) -> int | None:
 
     Asks nothing of the Trainer that would set up its data.
     """
-    if trainer.max_steps and trainer.max_steps > 0:
-        return trainer.max_steps
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     batches = trainer.num_training_batches
-    if not trainer.max_epochs or trainer.max_epochs < 0 or batches == float("inf"):
-        return None
-    return -(-int(batches) // trainer.accumulate_grad_batches) * trainer.max_epochs
+    if trainer.max_epochs and trainer.max_epochs > 0 and batches != float("inf"):
+        steps_per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
+        limits.append(steps_per_epoch * trainer.max_epochs)
+    return min(limits, default=None)
 
 
 def _marks(followers: Iterable[Follower]) -> Iterable[tuple[str, WindowMark]]:

@@ -39,7 +39,7 @@ def log_scalars(
     for name, value in values.items() if monitorable else ():
         # logger=False: Lightning's own rows come late and repeat stale values.
         module.log(name, value, logger=False, on_step=True, on_epoch=False, batch_size=1)
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if values else ():
         logger.log_metrics(dict(values), step=step)
 
 
@@ -102,7 +102,7 @@ class LiveTable:
     """A long table on W&B that grows while training: only the new rows are sent each time."""
 
     def __init__(self, key: str, columns: Sequence[str]) -> None:
-        self._key = key
+        self.key = key
         self._columns: list[Any] = list(columns)
         self._tables: dict[str, Any] = {}
 
@@ -122,9 +122,11 @@ class LiveTable:
                 # A table logged twice in W&B's default mode shows its first state only.
                 table = wandb.Table(columns=self._columns, log_mode="INCREMENTAL")
                 self._tables[run.id] = table
-            for row in rows:
-                table.add_data(*row)
-            run.log({self._key: table, STEP_KEY: step})
+            at_once = wandb.Table.MAX_ARTIFACT_ROWS  # what goes beyond it W&B cuts off
+            for first in range(0, len(rows), at_once):
+                for row in rows[first : first + at_once]:
+                    table.add_data(*row)
+                run.log({self.key: table, STEP_KEY: step})
 
 
 def run_folder(trainer: pl.Trainer, folder: str | None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.callbacks.attachment import build_mechanism
+from mda_lightning.callbacks.attachment import build_mechanism, has_token_ids
 from mda_lightning.callbacks.metric_table import Grid, Measurement
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.measures import Measure, Mu, measure
@@ -29,7 +29,8 @@ class Measuring:
     """Mechanisms, taken at every measurement, and measures, each at its own rate.
 
     Args:
-        mechanisms, measures: names or objects, no name twice.
+        mechanisms, measures: names or objects, one or several, no name twice. A mechanism among the
+            measures is its μ (:class:`~mda_lightning.measures.Mu`).
         token_ids: drawn from by those that have no ids of their own.
         tokenizer: the same, as the ids that it uses; known once there is a model.
 
@@ -39,22 +40,21 @@ class Measuring:
 
     def __init__(
         self,
-        mechanisms: Sequence[str | Mechanism],
-        measures: Sequence[str | Measure],
+        mechanisms: str | Mechanism | Sequence[str | Mechanism],
+        measures: str | Measure | Mechanism | Sequence[str | Measure | Mechanism],
         *,
         token_ids: Sequence[int] | None = None,
         tokenizer: TokenizerLike | None = None,
     ) -> None:
         if token_ids is not None and tokenizer is not None:
             raise ValueError("token_ids and tokenizer both say which ids to draw from: give one")
-        self.mechanisms = [build_mechanism(wanted, token_ids) for wanted in mechanisms]
-        self.measures = [_build_measure(wanted, token_ids) for wanted in measures]
+        self.mechanisms = [build_mechanism(wanted, token_ids) for wanted in _listed(mechanisms)]
+        self.measures = [_build_measure(wanted, token_ids) for wanted in _listed(measures)]
         self._given = (list(self.mechanisms), list(self.measures))
         self._tokenizer = tokenizer
-        names = [one.name for one in self._all]
-        if len(set(names)) < len(names) or not names:
+        if len(set(self.names)) < len(self.names) or not self.names:
             raise ValueError(
-                f"mechanisms and measures {names}: give at least one, each of another name"
+                f"mechanisms and measures {self.names}: give at least one, each of another name"
             )
         for one in self.measures:
             if one.every_n_steps is not None and one.every_n_steps < 1:
@@ -77,6 +77,11 @@ class Measuring:
             ]
         for wanted in self._all:
             wanted.check(model)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that is measured."""
+        return [one.name for one in self._all]
 
     @property
     def _all(self) -> list[Mechanism | Measure]:
@@ -164,9 +169,16 @@ class Stopwatch:
             self.seconds += first.elapsed_time(last) / 1000.0
 
 
-def _build_measure(wanted: str | Measure, token_ids: Sequence[int] | None) -> Measure:
+def _listed(given: Any) -> list[Any]:
+    """One name or one object is a list of one."""
+    return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+
+
+def _build_measure(wanted: str | Measure | Mechanism, token_ids: Sequence[int] | None) -> Measure:
     built = measure(wanted) if isinstance(wanted, str) else wanted
-    if token_ids is not None and built.settings().get("token_ids") is None:
+    if not isinstance(built, Measure):
+        built = Mu(built)
+    if token_ids is not None and not has_token_ids(built):
         built = built.with_token_ids([int(i) for i in token_ids])
     return built
 

@@ -16,9 +16,14 @@ class ScalarKeys:
 
     Args:
         top_k: heads logged of each metric: those that have been highest so far.
+
+    Raises:
+        ValueError: fewer than 0.
     """
 
     def __init__(self, top_k: int) -> None:
+        if top_k < 0:
+            raise ValueError(f"top_k={top_k}: log 0 heads as scalars (none) or more, such as 4")
         self._top_k = top_k
         self._highest: dict[str, Grid] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,19 +102,39 @@ class MetricTable:
         steps, values = self.curves(metric)
         return values[int(np.searchsorted(steps, step)) :]
 
-    def rows(self, metric: str, first: int = 0) -> list[Row]:
+    def rows(
+        self,
+        metric: str,
+        first: int = 0,
+        *,
+        stride: int | None = 1,
+        heads: Sequence[tuple[int, int]] = (),
+    ) -> list[Row]:
         """Rows in the order of :data:`COLUMNS`, from the ``first``-th measurement on.
 
         Layer and head are None where the metric is a number of the whole model.
+
+        Args:
+            stride: every ``stride``-th measurement has rows of all heads, None: none has.
+            heads: (layer, head) of those that the other measurements have rows of.
         """
         steps, values = self.curves(metric)
+        every = list(np.ndindex(values.shape[1:]))
         found: list[Row] = []
         for i in range(first, len(steps)):
             errors = self._columns[metric].errors[i]
-            for place, number in np.ndenumerate(values[i]):
+            is_full = values.ndim == 1 or (stride is not None and i % stride == 0)
+            for place in every if is_full else heads:
                 layer, head = place or (None, None)
                 found.append(
-                    (int(steps[i]), layer, head, metric, float(number), float(errors[place]))
+                    (
+                        int(steps[i]),
+                        layer,
+                        head,
+                        metric,
+                        float(values[i][place]),
+                        float(errors[place]),
+                    )
                 )
         return found
 

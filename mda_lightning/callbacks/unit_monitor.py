@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from mda_lightning.analysis.live import Event, RunState
 from mda_lightning.architectures import ModelLayout, describe, find_language_model
 from mda_lightning.callbacks.attachment import (
+    callbacks_of,
     check_strategy,
     is_rehearsal,
     state_key,
@@ -23,7 +25,7 @@ from mda_lightning.callbacks.loggers import define_metrics, log_scalars, log_sum
 from mda_lightning.callbacks.measuring import Measuring, NotFinite, Stopwatch
 from mda_lightning.callbacks.metric_keys import ScalarKeys, best_head
 from mda_lightning.callbacks.metric_table import Measurement, MetricTable
-from mda_lightning.callbacks.monitor_output import TABLE_NAME, MonitorOutput
+from mda_lightning.callbacks.monitor_output import TABLE_KEY, TABLE_NAME, MonitorOutput
 from mda_lightning.callbacks.pace import Pace
 from mda_lightning.measures import Measure
 from mda_lightning.mechanisms import Mechanism
@@ -57,10 +59,10 @@ class UnitMonitor(pl.Callback):
     ``unit_metrics.parquet`` (the same columns as the table); a picture of every key.
 
     Args:
-        mechanisms: names, or :class:`~mda_lightning.mechanisms.Mechanism` objects.
-        measures: names, or :class:`~mda_lightning.measures.Measure` objects: what is watched
-            beside the mechanisms. One without a rate of its own is taken at every tenth
-            measurement.
+        mechanisms: names, or :class:`~mda_lightning.mechanisms.Mechanism` objects; one or several.
+        measures: names, or :class:`~mda_lightning.measures.Measure` objects, one or several: what
+            is watched beside the mechanisms. One without a rate of its own is taken at every tenth
+            measurement. A mechanism given here is watched, and not followed by others.
         every_n_steps: optimizer steps between measurements.
         quiet_every_n_steps: optimizer steps between measurements while nothing happens: no
             attention score of a head has moved by more than ``tolerance`` within five such
@@ -71,7 +73,7 @@ class UnitMonitor(pl.Callback):
         token_ids: token ids that probe sequences are drawn from; None takes those of the model's
             tokenizer as far as its configuration tells.
         tokenizer: its path, name or object, instead of ``token_ids``: the ids that it uses.
-        top_k: heads logged as scalars; all heads are in the table.
+        top_k: heads logged as scalars and drawn on the page, 0 or more; all heads are in the table.
         folder: where to write; None is ``mda/`` in the first logger's folder.
         write_every_n_steps: steps between rewritings of the files at least; they are also written
             at the end and on an exception. Where it would cost more than 0.3% of the time they
@@ -79,16 +81,17 @@ class UnitMonitor(pl.Callback):
         live: whether to write the page.
 
     Raises:
-        ValueError: an unknown mechanism or measure, or two of one name; at ``setup``, sequences
-            longer than the model's context, or a tokenizer with ids that the model lacks.
+        ValueError: an unknown mechanism or measure, or two of one name; a number out of range; at
+            ``setup``, sequences longer than the model's context, a tokenizer with ids that the
+            model lacks, or another monitor that writes to the same folder.
         UnsupportedModelError, UnsupportedTrainerError: at ``setup``.
     """
 
     def __init__(
         self,
-        mechanisms: Sequence[str | Mechanism] = ("induction", "previous_token"),
+        mechanisms: str | Mechanism | Sequence[str | Mechanism] = ("induction", "previous_token"),
         *,
-        measures: Sequence[str | Measure] = ("ablation",),
+        measures: str | Measure | Mechanism | Sequence[str | Measure | Mechanism] = ("ablation",),
         every_n_steps: int = 10,
         quiet_every_n_steps: int | None = None,
         tolerance: float = 0.02,
@@ -101,6 +104,10 @@ class UnitMonitor(pl.Callback):
         live: bool = True,
     ) -> None:
         super().__init__()
+        if write_every_n_steps < 1:
+            raise ValueError(
+                f"write_every_n_steps={write_every_n_steps}: write at most every step, 1"
+            )
         self.pace = Pace(every_n_steps, quiet_every_n_steps, tolerance=tolerance)
         self.measuring = Measuring(mechanisms, measures, token_ids=token_ids, tokenizer=tokenizer)
         self.table = MetricTable()
@@ -120,6 +127,8 @@ class UnitMonitor(pl.Callback):
         self._subscribers: list[Callable[[Measurement], None]] = []
         self._followers: list[Follower] = []
         self._seen_step = -1
+        self._has_begun = False
+        self._table_key = TABLE_KEY
         self._n_taken = 0
         self._events: list[Event] = []
         self._keys = ScalarKeys(top_k)
@@ -200,6 +209,8 @@ class UnitMonitor(pl.Callback):
         self.layout = describe(self._model)
         self.measuring.attach(self._model)
         self.folder = run_folder(trainer, self._wanted_folder)
+        place = self._place(trainer)
+        self._table_key = TABLE_KEY if place == 1 else f"{TABLE_KEY}_{place}"
         if trainer.global_step == 0:
             # A checkpoint's table, if there is one, is loaded after this.
             self.table = MetricTable()
@@ -211,19 +222,25 @@ class UnitMonitor(pl.Callback):
         assert self.layout is not None
         define_metrics(
             trainer,
-            ["unit_metrics", *(m.name for m in self.mechanisms), *(m.name for m in self.measures)],
+            [self._table_key, *self.measuring.names],
             {f"{m.name}/max": "max" for m in self.mechanisms},
         )
         self._seen_step = trainer.global_step
-        self._stopwatch = Stopwatch()
-        self._output.begin()
+        self._stopwatch, self._not_finite = Stopwatch(), NotFinite()
+        self._output.begin(self._table_key)
         if self._page is not None:
+            about = [
+                f"{self.layout.model_type}, {self.layout.n_layers} layers of "
+                f"{self.layout.n_heads} heads",
+                self.layout.sharing,
+                str(self.folder),
+            ]
             self._page.begin(
                 type(pl_module).__name__,
-                f"{self.layout.model_type}, {self.layout.n_layers} layers of "
-                f"{self.layout.n_heads} heads · {self.folder}",
+                " · ".join(part for part in about if part),
                 step=trainer.global_step,
             )
+        self._has_begun = True
         if self.table.last_step < trainer.global_step:
             self._measure(trainer, pl_module, trainer.global_step, in_batch=False)
         self._show(trainer)
@@ -255,6 +272,9 @@ class UnitMonitor(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        if not self._has_begun:
+            return  # nothing of this fit is known yet, and a former one's files are its own
+        self._has_begun = False
         words = f"{type(exception).__name__}: {exception}".removesuffix(": ")[:200]
         try:
             self._show(trainer, "stopped", words)
@@ -265,8 +285,28 @@ class UnitMonitor(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._model = None
         self._followers = []
+        self._has_begun = False
 
     # -- what it does -------------------------------------------------------------------------
+
+    def _place(self, trainer: pl.Trainer) -> int:
+        """Which of the Trainer's monitors this is, from 1 on.
+
+        Raises:
+            ValueError: one before it writes to the same folder.
+        """
+        monitors = [one for one in callbacks_of(trainer) if isinstance(one, UnitMonitor)]
+        before = list(takewhile(lambda one: one is not self, monitors))
+        assert self.folder is not None
+        for other in before:
+            if other.folder is not None and other.folder.resolve() == self.folder.resolve():
+                names = [f"UnitMonitor({one.measuring.names})" for one in (other, self)]
+                raise ValueError(
+                    f"{' and '.join(names)} would write over each other's files in "
+                    f"{self.folder}; let one UnitMonitor measure all of it, or give one of them "
+                    "another folder=..."
+                )
+        return len(before) + 1
 
     def _take_up_table(self) -> None:
         self._output.take_up(self.table)
@@ -299,7 +339,7 @@ class UnitMonitor(pl.Callback):
                 follow(one)
 
     def _is_asked(self) -> bool:
-        return any(one.phase in ("warned", "open") for one in self._followers)
+        return any(one.asks for one in self._followers)
 
     def _report_missing(self, one: Measurement) -> None:
         words = self._not_finite.words(one)
@@ -320,6 +360,7 @@ class UnitMonitor(pl.Callback):
             "every_n_steps": self.pace.every_n_steps,
             "quiet_every_n_steps": self.pace.quiet_every_n_steps,
             "model_type": self.layout.model_type if self.layout else None,
+            "sharing": self.layout.sharing if self.layout else None,
             "versions": versions(),
         }
         self._output.write(
@@ -329,6 +370,7 @@ class UnitMonitor(pl.Callback):
             step=trainer.global_step,
             provenance=provenance,
             chances=self.measuring.chances(),
+            keys=self._keys,
             final=final,
         )
 

@@ -36,6 +36,9 @@ class WindowFollower:
         self.detector = WindowDetector(len(self.heads), floor=chance, rule=rule)
         self.watched = list(range(len(heads))) if target is None else [self.heads.index(target)]
         self.phase: Phase = "before"
+        self.asks = False
+        """Whether a watched head is warned of a window or in one, and its newest value is finite:
+        of one that is not, measuring more often would say nothing."""
         self._closed: tuple[int, int] | None = None  # unit, step
 
     @property
@@ -65,7 +68,7 @@ class WindowFollower:
         events = self.detector.update(step, values)
         if self._closed is None:
             self._closed = self._find_closed()
-            self.phase = self._find_phase()
+            self._settle()
         return [event for event in events if event.unit_index in self.watched]
 
     def _find_closed(self) -> tuple[int, int] | None:
@@ -78,6 +81,15 @@ class WindowFollower:
             return None
         ends = [w.end for w in self.detector.windows() if w.unit_index == top]
         return next((top, end) for end in reversed(ends) if end is not None)
+
+    def _settle(self) -> None:
+        self.phase = self._find_phase()
+        self.asks = False
+        if self.phase in ("warned", "open"):
+            states = self.detector.states
+            rising = {i for i in self.watched if states[i] == "RISING"}
+            waiting = self.detector.warned_since().keys() & set(self.watched)
+            self.asks = bool(np.isfinite(self.detector.newest[list(rising | waiting)]).any())
 
     def _find_phase(self) -> Phase:
         if self._closed is not None:
@@ -129,4 +141,4 @@ class WindowFollower:
         self.detector.load_state_dict({**saved, "values": saved["values"].tolist()})
         closed = state["closed"]
         self._closed = None if closed is None else (int(closed[0]), int(closed[1]))
-        self.phase = self._find_phase()
+        self._settle()
