@@ -356,3 +356,18 @@ def real_token_ids(model: PreTrainedModel) -> Tensor:
         return torch.arange(2, 50277)
     special = special_token_ids(model)
     return torch.tensor([i for i in range(size) if i not in special], dtype=torch.int64)
+
+
+def check_token_ids(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Check that ``model`` has all ids of ``tokens``.
+
+    Raises:
+        ValueError: it has not.
+    """
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    size = int(model.config.vocab_size)
+    if smallest < 0 or largest >= size:
+        raise ValueError(
+            f"token id {smallest if smallest < 0 else largest} is not in the model's vocabulary "
+            f"0..{size - 1}; give token ids of the model's own tokenizer"
+        )

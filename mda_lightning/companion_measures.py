@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import ModelLayout, describe, real_token_ids
+from mda_lightning.architectures import ModelLayout, check_token_ids, describe, real_token_ids
 from mda_lightning.evaluation_text import TextSource, describe_text, own_row_length, text_rows
 from mda_lightning.files import sha256_of
 from mda_lightning.metrics import AblationContribution, AttentionScore, UnitScores
@@ -22,7 +22,6 @@ from mda_lightning.metrics.copying import CopyingScore, copying_sequences
 from mda_lightning.metrics.icl import (
     ICLScore,
     check_context,
-    check_ids,
     check_tokens,
     context_limit,
     icl_positions,
@@ -87,7 +86,7 @@ class Ablation:
                 f"ablation sequences of {self.length} tokens are longer than the model's context "
                 f"of {longest}; give Ablation(length={longest}) or less"
             )
-        self._metric(model, layout)
+        check_token_ids(model, self._metric(model, layout).probes.tokens)
 
     def measure(self, model: PreTrainedModel) -> dict[str, UnitScores]:
         metric = self._metric(model, describe(model))
@@ -333,5 +332,5 @@ class Copying:
             n_sequences=self.n_sequences,
             length=self.length,
         )
-        check_ids(model, tokens)
+        check_token_ids(model, tokens)
         return tokens

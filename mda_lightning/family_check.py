@@ -23,6 +23,7 @@ def check_family(model: PreTrainedModel, *, seed: int = 0) -> None:
     """Check a model against its family's row, on a copy and a few random tokens.
 
     - Logits are the unembedding of the final hidden states, and nothing more.
+    - The final norm's weight is its gain.
     - Attention patterns are those of eager attention.
     - Changing a head's QK block changes the pattern of that head, and of heads that share weights
       with it, and of no other in its layer.
@@ -42,6 +43,7 @@ def check_family(model: PreTrainedModel, *, seed: int = 0) -> None:
     tokens = torch.randint(0, layout.vocab_size, (2, 12), generator=generator).to(twin.device)
     with evaluating(twin):
         _check_logits(twin, layout, tokens)
+        _check_gain(twin, layout)
         _check_patterns(twin, layout, tokens)
         for layer in {0, layout.n_layers - 1}:
             _check_blocks(twin, layout, tokens, layer)
@@ -56,6 +58,23 @@ def _check_logits(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor) -
         raise UnsupportedModelError(
             f"{layout.model_type}: the model changes its logits after the unembedding, by up to "
             f"{apart:.2g} (scaled or capped logits); metrics here read them before"
+        )
+
+
+def _check_gain(model: PreTrainedModel, layout: ModelLayout) -> None:
+    """Copying reads a norm's gain off its weight; some families keep the gain minus one there."""
+    norm = copy.deepcopy(model.get_submodule(layout.family.final_norm))
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if not isinstance(weight, Tensor):
+        return
+    for parameter in (weight, bias):
+        if isinstance(parameter, Tensor):
+            parameter.zero_()
+    left = float(norm(torch.linspace(-1, 1, layout.d_model, device=model.device)).abs().max())
+    if left > 0:
+        raise UnsupportedModelError(
+            f"{layout.model_type}: the final norm's weight is not its gain (with weights of 0 its "
+            f"output still reaches {left:.2g}); the copying score would be wrong"
         )
 
 

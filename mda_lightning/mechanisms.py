@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import (
     HEAD_BLOCKS,
     BlockName,
+    check_token_ids,
     describe,
     real_token_ids,
     special_token_ids,
@@ -129,7 +130,9 @@ class _HeadMechanism(ABC):
         return self._probes("mu", tuple(range(self.length[1]))).chance
 
     def check(self, model: PreTrainedModel) -> None:
-        longest = self._draw("mu", model).tokens.shape[1]
+        tokens = self._draw("mu", model).tokens
+        check_token_ids(model, tokens)
+        longest = tokens.shape[1]
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise ValueError(

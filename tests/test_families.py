@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from models import OTHER_FAMILIES, random_model, random_neox
 from torch import nn
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from mda_lightning.architectures import (
     UnsupportedModelError,
@@ -273,3 +273,14 @@ def test_special_ids_may_be_lists() -> None:
     model = random_neox()
     model.config.eos_token_id = [0, 3, 5]
     assert real_token_ids(model).tolist() == [i for i in range(40) if i not in (0, 3, 5)]
+
+
+def test_the_check_finds_a_norm_whose_weight_is_not_its_gain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gemma", FAMILIES["llama"])
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "head_dim": 4}
+    config = GemmaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match="the final norm's weight is not its gain"):
+        check_family(GemmaForCausalLM(config))

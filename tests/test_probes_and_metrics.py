@@ -10,6 +10,7 @@ import torch
 from models import COPY_VOCABULARY, copying_neox, random_neox
 
 from mda_lightning.attention import capture_attention
+from mda_lightning.measures import measure
 from mda_lightning.mechanisms import mechanism
 from mda_lightning.metrics import InductionScore, PreviousTokenScore, attention_per_sequence
 from mda_lightning.probes import random_sequences, repeated_sequences, single_target_sequences
@@ -252,3 +253,16 @@ def test_models_of_one_size_with_other_special_ids_do_not_share_sequences() -> N
     alone = mechanism("induction").scores(other)
     assert torch.equal(shared[1].mean, alone.mean)
     assert not torch.equal(shared[0].mean, alone.mean)
+
+
+@pytest.mark.parametrize("ids", [range(2, 512), range(-30, 30)])
+@pytest.mark.parametrize("name", ["induction", "previous_token", "ablation", "copying"])
+def test_ids_that_the_model_lacks_are_refused_before_it_is_run(name: str, ids: range) -> None:
+    model = random_neox()
+    measured = measure(name, token_ids=ids)
+    with pytest.raises(
+        ValueError, match=r"token id -?\d+ is not in the model's vocabulary 0\.\.39"
+    ):
+        measured.check(model)
+    with pytest.raises(ValueError, match="is not in the model's vocabulary"):
+        measured.measure(model)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
 from mda_lightning.callbacks.attachment import (
     callbacks_before,
@@ -176,7 +177,10 @@ class CriticalWindow(pl.Callback):
         measured, layout = self._monitor.mechanism(self.mechanism), self._monitor.layout
         assert measured is not None and layout is not None
         if self.target is not None:
-            layout.check(self.target)
+            try:
+                layout.check(self.target)
+            except ValueError as error:
+                raise ValueError(f"CriticalWindow(target={str(self.target)!r}): {error}") from error
         if self._wanted_folder is None:
             self.folder = self._monitor.folder
         else:
@@ -317,6 +321,7 @@ class CriticalWindow(pl.Callback):
         alert(trainer, title, f"step {event.step}, {text}")
         assert self._monitor is not None
         self._monitor.note(event.step, f"{title} ({text})")
+        rank_zero_info(f"step {event.step}: {title} ({text})")
         for follow in list(self._subscribers):
             follow(one)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from mda_lightning.analysis.live import Event, RunState
@@ -244,6 +245,8 @@ class UnitMonitor(pl.Callback):
         if self.table.last_step < trainer.global_step:
             self._measure(trainer, pl_module, trainer.global_step, in_batch=False)
         self._show(trainer)
+        if self._page is not None and self._may_write(trainer):
+            rank_zero_info(f"UnitMonitor: watch this run in {self.folder}/live.html")
 
     def on_train_batch_end(
         self,

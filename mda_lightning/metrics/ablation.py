@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mda_lightning.architectures import (
     ModelLayout,
+    check_token_ids,
     describe,
     is_plain_linear,
     output_by_input,
@@ -99,6 +100,7 @@ def ablation_drops(
             sequence.
     """
     _check(probes, replacement)
+    check_token_ids(model, probes.tokens)
     layout = describe(model)
     n, length = probes.tokens.shape
     partners = _partners(n, seed) if replacement == "resample" else None

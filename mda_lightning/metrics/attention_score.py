@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import describe, real_token_ids
+from mda_lightning.architectures import check_token_ids, describe, real_token_ids
 from mda_lightning.attention import attention_at
 from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
@@ -47,6 +47,7 @@ class AttentionScore(MeanOverSequences):
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         """Add the probe set, evaluated on ``model``."""
+        check_token_ids(model, self.probes.tokens)
         with evaluating(model):
             self.add(attention_per_sequence(model, self.probes))
 

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import ModelLayout, describe, real_token_ids, unembedding
+from mda_lightning.architectures import (
+    ModelLayout,
+    check_token_ids,
+    describe,
+    real_token_ids,
+    unembedding,
+)
 from mda_lightning.attention import capture_attention
 from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
@@ -69,6 +75,7 @@ def copying_per_sequence(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         tokens: int64 [N, T], no token twice in a row.
     """
     layout = describe(model)
+    check_token_ids(model, tokens)
     tokens = tokens.to(model.device, torch.int64)
     values, received = _values_and_attention(model, layout, tokens)
     read = _logit_directions(model, layout, tokens)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import unembedding
+from mda_lightning.architectures import check_token_ids, unembedding
 from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores
 from mda_lightning.modes import evaluating
 from mda_lightning.sequence_loss import loss_of_hidden
@@ -86,7 +86,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     if tokens.dim() != 2 or not len(tokens) or tokens.shape[1] < 2:
         raise ValueError(f"token rows are [N, T + 1] with T >= 1, got {tuple(tokens.shape)}")
     check_context(model, tokens.shape[1] - 1)
-    check_ids(model, tokens)
+    check_token_ids(model, tokens)
 
 
 def context_limit(model: PreTrainedModel) -> int | None:
@@ -106,21 +106,6 @@ def check_context(model: PreTrainedModel, context: int) -> None:
         raise ValueError(
             f"a context of {context} tokens is longer than the model's {limit} "
             f"(max_position_embeddings); give rows of at most {limit} tokens to read"
-        )
-
-
-def check_ids(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Check that ``model`` has all ids of ``tokens``.
-
-    Raises:
-        ValueError: it has not.
-    """
-    smallest, largest = int(tokens.min()), int(tokens.max())
-    size = int(model.config.vocab_size)
-    if smallest < 0 or largest >= size:
-        raise ValueError(
-            f"token id {smallest if smallest < 0 else largest} is not in the model's vocabulary "
-            f"0..{size - 1}; give token ids of the model's own tokenizer"
         )
 
 
