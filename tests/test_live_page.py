@@ -192,6 +192,36 @@ def test_curves_are_drawn_where_their_values_are() -> None:
     assert chance is not None and float(chance[1]) == pytest.approx(at[1][1], abs=0.2)
 
 
+def test_bands_stay_inside_the_plot_and_mean_what_the_axis_says() -> None:
+    """Errors wider than the curve's own range; one unknown, one infinite."""
+    values = np.array([0.0, 0.02, 0.01, 0.03, 0.02], np.float32)
+    errors = np.array([0.5, 0.25, np.nan, np.inf, 1.0], np.float32)
+    track = Track("icl/gain", np.array([0, 50, 100, 150, 200]), values, errors)
+    svg = str(line_chart([track], label="icl/gain", width=360, height=190, name_ends=False))
+    band = re.search(r'class="band" clip-path="url\(#([\w-]+)\)" d="M([^"]+)Z"', svg)
+    assert band is not None
+    ys = [float(corner.split()[1]) for corner in band[2].split("L")]
+    clip = re.search(
+        rf'<clipPath id="{band[1]}"><rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" '
+        r'height="([\d.]+)"/></clipPath>',
+        svg,
+    )
+    assert clip is not None
+    x, y, width, height = map(float, clip.groups())
+    axis = re.search(r'class="axis" d="M([\d.]+) ([\d.]+)H([\d.]+)"', svg)
+    assert axis is not None
+    assert (x, y + height, x + width) == pytest.approx([float(v) for v in axis.groups()], abs=0.2)
+    assert y > 0 and y <= min(ys) and max(ys) <= y + height
+    at_axis = rf'x="{x - 5:.1f}" y="([\d.]+)" text-anchor="end">(-?[\d.,]+)</text>'
+    levels = re.findall(at_axis, svg)
+    slope, zero = np.polyfit([float(t) for _, t in levels], [float(v) - 4 for v, _ in levels], 1)
+    edges = [0.5, 0.27, 1.02, -0.98, -0.23, -0.5]
+    np.testing.assert_allclose(ys, zero + slope * np.array(edges), atol=0.3)
+
+    other = str(line_chart([track], label="icl/olsson", width=360, height=190, name_ends=False))
+    assert band[1] not in other  # ids are of the whole page
+
+
 def test_a_chart_without_curves_has_axes_and_a_page_without_them_its_grid() -> None:
     svg = str(line_chart([], label="x", chance=0.05, least_top=0.2))
     assert 'class="axis"' in svg and 'class="chance"' in svg and 'class="curve' not in svg

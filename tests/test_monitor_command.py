@@ -488,6 +488,15 @@ def test_wrong_usage_is_told_apart(run: Path, capsys) -> None:
     assert "inductoin" in told and "previous_token" in told
 
 
+@pytest.mark.parametrize("name", ["icl", "prefix_matching", "previous_token_text"])
+def test_the_help_says_what_text_is_read_by_default(name: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["monitor", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    about = told[told.index("for metrics on text:") :].split(" --")[0]
+    assert f"(default: {measure(name).text})" in about
+
+
 def test_other_families_and_numbers_that_are_not_finite(tmp_path: Path, capsys) -> None:
     config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     model = GPT2LMHeadModel(config)

@@ -139,6 +139,41 @@ def test_a_range_takes_the_revisions_there_are(hub: Hub, tmp_path: Path) -> None
     assert nothing[0] == 1 and "no revision from step3 to step9" in nothing[1]
 
 
+def test_a_misspelt_path_is_told_without_asking_the_hub(hub: Hub, tmp_path: Path) -> None:
+    model_of("step0").save_pretrained(tmp_path / "cks" / "step200")
+    (tmp_path / "cks" / "notes").mkdir()
+    inside, word, deeper, config = monitor(
+        hub,
+        tmp_path,
+        ["cks/stpe200"],
+        ["cks/step200", "ckss"],
+        [str(tmp_path / "cks" / "step20")],
+        ["cks/step200", "--config", "cks/step20"],
+    )
+    for code, told in (inside, word, deeper, config):
+        assert code == 1 and len(told.strip().splitlines()) == 1
+        assert "is no file or folder here" in told
+    assert "'cks/stpe200'" in inside[1] and "near it: step200" in inside[1]
+    assert "'ckss'" in word[1] and "near it: cks" in word[1] and "ckss@main" in word[1]
+    assert "near it: step200" in deeper[1] and "near it: step200" in config[1]
+    assert hub.asked == []
+
+
+def test_hub_names_are_asked_for_though_something_here_is_like_them(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """A revision, the cache, or little likeness: the hub is meant."""
+    (tmp_path / "gpt2-out").mkdir()
+    [far] = monitor(hub, tmp_path, ["gpt2"])
+    assert far[0] == 1 and any("/gpt2/" in path for _, path in hub.asked)
+    (tmp_path / "someone").mkdir()
+    [refused] = monitor(hub, tmp_path, [NAME])
+    assert refused[0] == 1 and f"{NAME}@main" in refused[1]
+    assert not any(NAME in path for _, path in hub.asked)
+    named, cached = monitor(hub, tmp_path, [f"{NAME}@main"], [NAME])
+    assert named[0] == 0 and cached[0] == 0, (named, cached)
+
+
 def test_a_private_model_needs_the_token_of_the_environment(hub: Hub, tmp_path: Path) -> None:
     hub.token = "hf_of_this_test"
     [(code, told)] = monitor(hub, tmp_path, [NAME])

@@ -7,6 +7,7 @@ pages alike; each curve also carries its name at its end, and after six the dash
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,9 @@ def line_chart(
     height: int = 250,
     name_ends: bool = True,
 ) -> Markup:
-    """Curves over steps.
+    """Curves over steps, each with a band of its value ± standard error where it has one.
+
+    The vertical axis holds the bands too.
 
     Args:
         tracks: the curves; without any there are axes only.
@@ -139,9 +142,16 @@ def line_chart(
         f'<text x="{(left + right) / 2:.1f}" y="{height - 6}" text-anchor="middle">'
         "optimizer steps completed</text>"
     )
+    # An id holds for the whole page: charts of another label or another size need their own.
+    clip = f"plot-{zlib.crc32(f'{label} {left} {right} {upper} {lower}'.encode()):08x}"
+    if any(track.errors is not None for track in tracks):
+        parts.append(
+            f'<clipPath id="{clip}"><rect x="{left:.1f}" y="{upper}" width="{right - left:.1f}" '
+            f'height="{lower - upper:.1f}"/></clipPath>'
+        )
     for i, (track, at) in enumerate(shown):
         if track.errors is not None:
-            parts += _band(track, at, x=x, y=y)
+            parts += _band(track, at, x=x, y=y, clip=clip)
         parts.append(_curve(track, at, i, x=x, y=y))
     if chance is not None:
         parts.append(f'<path class="chance" d="M{left:.1f} {y(chance):.1f}H{right:.1f}"/>')
@@ -154,7 +164,8 @@ def line_chart(
 def _range(
     tracks: Sequence[Track], *, chance: float | None, least_top: float
 ) -> tuple[float, float]:
-    values = np.concatenate([np.zeros(0), *(t.values[np.isfinite(t.values)] for t in tracks)])
+    values = np.concatenate([np.zeros(0), *(edge for t in tracks for edge in _edges(t))])
+    values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if chance is not None:
         low, high = min(low, chance), max(high, chance)
@@ -162,6 +173,15 @@ def _range(
         low, high = min(low, 0.0), max(high, least_top)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     return (0.0 if least_top > 0.0 and low == 0.0 else low - pad), high + pad
+
+
+def _edges(track: Track) -> list[Floats]:
+    """Values, and values less and plus their errors; some may be not finite."""
+    values = track.values.astype(np.float64)
+    if track.errors is None:
+        return [values]
+    errors = np.where(np.isfinite(track.errors), track.errors, 0.0)
+    return [values, values - errors, values + errors]
 
 
 def _level(value: float, levels: Sequence[float]) -> str:
@@ -196,7 +216,7 @@ def _curve(track: Track, at: NDArray[np.int64], i: int, *, x: Any, y: Any) -> st
     )
 
 
-def _band(track: Track, at: NDArray[np.int64], *, x: Any, y: Any) -> list[str]:
+def _band(track: Track, at: NDArray[np.int64], *, x: Any, y: Any, clip: str) -> list[str]:
     assert track.errors is not None
     known = at[np.isfinite(track.values[at]) & np.isfinite(track.errors[at])]
     if len(known) < 2:
@@ -204,7 +224,8 @@ def _band(track: Track, at: NDArray[np.int64], *, x: Any, y: Any) -> list[str]:
     steps, values, errors = track.steps[known], track.values[known], track.errors[known]
     above = [f"{x(s):.1f} {y(v):.1f}" for s, v in zip(steps, values + errors, strict=True)]
     below = [f"{x(s):.1f} {y(v):.1f}" for s, v in zip(steps, values - errors, strict=True)]
-    return [f'<path class="band" d="M{"L".join(above + below[::-1])}Z"/>']
+    outline = "L".join(above + below[::-1])
+    return [f'<path class="band" clip-path="url(#{clip})" d="M{outline}Z"/>']
 
 
 def _end_names(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +11,17 @@ from transformers import PreTrainedConfig
 
 from mda_lightning.checkpoints.checkpoint import Checkpoint, step_in
 from mda_lightning.checkpoints.folder import CONFIG, WEIGHTS, ModelFolder, read_config
-from mda_lightning.checkpoints.hub import HubRevision, hub_revisions, is_hub_name
+from mda_lightning.checkpoints.hub import (
+    HubRevision,
+    hub_revisions,
+    is_cached,
+    is_hub_name,
+    nearest,
+)
 from mda_lightning.checkpoints.state_file import ConfigOf, StateFile
+
+# Of difflib: ckss is taken for a misspelt cks, gpt2 not for a misspelt gpt2-out.
+_MISSPELT = 0.8
 
 
 def find_checkpoints(
@@ -25,7 +36,9 @@ def find_checkpoints(
 
     An argument is a Hugging Face model folder; a ``.ckpt`` file; a folder of such files or folders;
     or a hub name, perhaps with revisions: ``EleutherAI/pythia-70m@step512,step1000`` or
-    ``@step0..step512``. What exists here is meant before what the hub has.
+    ``@step0..step512``. What exists here is meant before what the hub has. A name without a
+    revision that is not in the hub's cache is refused, not asked for, where it looks like a
+    misspelt path: in a folder that exists, or one word much like an entry of the present folder.
 
     Args:
         config: for ``.ckpt`` files, the language model's configuration: a folder, a config.json or
@@ -102,9 +115,34 @@ def _on_hub(argument: str) -> list[HubRevision]:
     if not is_hub_name(name):
         raise FileNotFoundError(
             f"{argument!r} is no file or folder here, and no hub name such as "
-            "EleutherAI/pythia-70m@step512"
+            f"EleutherAI/pythia-70m@step512{_near(name)}"
+        )
+    if not at and _looks_misspelt(name) and not is_cached(name):
+        raise FileNotFoundError(
+            f"{argument!r} is no file or folder here{_near(name)}; if a model on the hub is meant, "
+            f"write {name}@main"
         )
     return hub_revisions(name, revisions if at else None)
+
+
+def _looks_misspelt(name: str) -> bool:
+    """Whether a name of nothing here is rather a path than a hub name."""
+    if "/" in name or os.sep in name:
+        return Path(name).expanduser().parent.is_dir()
+    return bool(difflib.get_close_matches(name, _beside(name), 1, _MISSPELT))
+
+
+def _near(name: str) -> str:
+    return nearest(_beside(name), Path(name).name)
+
+
+def _beside(name: str) -> list[str]:
+    """The entries of the folder that a path would be in, if it can be read."""
+    try:
+        entries = list(Path(name).expanduser().parent.iterdir())
+    except OSError:
+        return []
+    return sorted(entry.name for entry in entries if not entry.name.startswith("."))
 
 
 def _config(argument: str) -> PreTrainedConfig:

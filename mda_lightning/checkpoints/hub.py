@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
     GatedRepoError,
@@ -121,6 +121,14 @@ def is_hub_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
+def is_cached(name: str) -> bool:
+    """Whether the hub's cache holds the configuration of the model's default branch."""
+    try:
+        return isinstance(try_to_load_from_cache(name, CONFIG), str)
+    except HFValidationError:
+        return False
+
+
 def hub_revisions(name: str, revisions: str | None) -> list[HubRevision]:
     """The revisions of ``name@rev,rev,first..last``; a range holds all steps from first to last.
 
@@ -148,7 +156,7 @@ def _range(name: str, first: str, last: str) -> list[str]:
         steps = {revision: step_in(revision) for revision in _revisions(name)}
     inside = [r for r, step in steps.items() if step is not None and low <= step <= high]
     if not inside:
-        raise ValueError(f"{name} has no revision from {first} to {last}{_nearest(steps, first)}")
+        raise ValueError(f"{name} has no revision from {first} to {last}{nearest(steps, first)}")
     return sorted(inside, key=lambda r: (steps[r] or 0, r))
 
 
@@ -157,15 +165,16 @@ def _revisions(name: str) -> list[str]:
     return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 
-def _nearest(revisions: Any, wanted: str) -> str:
-    """A remark on revisions with a near step or a similar name, or nothing."""
+def nearest(names: Iterable[str], wanted: str) -> str:
+    """A remark on those names that have a near step or are similar, or nothing."""
+    names = list(names)
     step = step_in(wanted)
-    numbered = [r for r in revisions if step_in(r) is not None]
+    numbered = [r for r in names if step_in(r) is not None]
     if step is not None and numbered:
         near = sorted(numbered, key=lambda r: abs((step_in(r) or 0) - step))[:_NEAR]
         near.sort(key=lambda r: step_in(r) or 0)
     else:
-        near = difflib.get_close_matches(wanted, list(revisions), _NEAR, 0.0)
+        near = difflib.get_close_matches(wanted, names, _NEAR, 0.0)
     return f"; near it: {', '.join(near)}" if near else ""
 
 
@@ -185,7 +194,7 @@ def _hub_errors(name: str, revision: str, file: str) -> Iterator[None]:
         ) from error
     except RevisionNotFoundError as error:
         try:
-            near = _nearest(_revisions(name), revision)
+            near = nearest(_revisions(name), revision)
         except (HfHubHTTPError, HTTPError, OSError):
             near = ""  # a server without this part of the interface
         raise FileNotFoundError(f"{name} has no revision {revision!r}{near}") from error

@@ -72,7 +72,12 @@ def add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
-        "--text", metavar="NAME_OR_PATH", help="for metrics on text: wikitext-2, a file or folder"
+        "--text",
+        metavar="NAME_OR_PATH",
+        help=(
+            "for metrics on text: wikitext-2, which is fetched from the hub (extra data), a file "
+            "or a folder (default: wikitext-2)"
+        ),
     )
     measuring.add_argument(
         "--tokenizer",
