@@ -23,15 +23,8 @@ def quickstart_model() -> PreTrainedModel:
 
 def quickstart_module() -> PythiaModule:
     """The quickstart's LightningModule."""
-    model = QUICKSTART.model
     return PythiaModule(
-        {
-            "hidden_size": model.d_model,
-            "num_hidden_layers": model.n_layers,
-            "num_attention_heads": model.n_heads,
-            "intermediate_size": model.d_mlp,
-            "rotary_pct": model.rotary_fraction,
-        },
+        QUICKSTART.model.dimensions,
         vocab_size=QUICKSTART.corpus.vocab_size,
         seq_len=QUICKSTART.corpus.sequence_length,
     )

@@ -161,15 +161,9 @@ def build_monitor(
 
 def build_module(settings: StudySettings, rows: TokenRows, seed: int) -> PythiaModule:
     """The study's model, with its initial weights."""
-    model, training = settings.model, settings.training
+    training = settings.training
     return PythiaModule(
-        {
-            "hidden_size": model.d_model,
-            "num_hidden_layers": model.n_layers,
-            "num_attention_heads": model.n_heads,
-            "intermediate_size": model.d_mlp,
-            "rotary_pct": model.rotary_fraction,
-        },
+        settings.model.dimensions,
         vocab_size=rows.vocab_size,
         seq_len=rows.row_length - 1,
         init_seed=seed,

@@ -41,6 +41,17 @@ class ModelSettings:
     d_mlp: int = 64
     rotary_fraction: float = 0.5
 
+    @property
+    def dimensions(self) -> dict[str, Any]:
+        """By transformers' names, as :class:`~mda_lightning.pretraining.PythiaModule` takes."""
+        return {
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "intermediate_size": self.d_mlp,
+            "rotary_pct": self.rotary_fraction,
+        }
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
