@@ -25,13 +25,12 @@ from training import (
 
 from mda_lightning.callbacks import CriticalWindow, UnitMonitor
 from mda_lightning.callbacks.checkpoint_ring import CheckpointRing, to_evict
-from mda_lightning.callbacks.window_follower import WindowFollower
 from mda_lightning.corpora import TokenRows
 from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.interventions import Plan
 from mda_lightning.pretraining import PythiaModule
 from mda_lightning.units import Head
-from mda_lightning.window import WindowRule
+from mda_lightning.window import MechanismWindow, WindowRule
 
 CURVE = jump(31, ramp=20)
 
@@ -309,9 +308,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         CriticalWindow(target="head 3")
 
 
-def follower(target: Head | None = None) -> WindowFollower:
+def follower(target: Head | None = None) -> MechanismWindow:
     heads = [Head(0, 0), Head(0, 1)]
-    return WindowFollower(heads, chance=0.05, target=target, rule=WindowRule())
+    return MechanismWindow(heads, chance=0.05, target=target, rule=WindowRule())
 
 
 def two_heads(step: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mda_lightning.window import WindowDetector, WindowRule, replay
-from mda_lightning.window_fit import refine
+from mda_lightning.window.fit import refine
 
 FLOOR = 0.052
 

@@ -16,18 +16,24 @@ from mda_lightning.callbacks.attachment import (
     check_strategy,
     is_rehearsal,
     state_key,
+    versions,
     warn_of_other_folder,
 )
 from mda_lightning.callbacks.checkpoint_ring import CheckpointRing
 from mda_lightning.callbacks.loggers import alert, log_scalars, log_summary, run_folder
 from mda_lightning.callbacks.unit_monitor import Measurement, UnitMonitor
-from mda_lightning.callbacks.window_follower import Edge, Phase, WindowFollower
-from mda_lightning.callbacks.window_report import window_report
 from mda_lightning.files import write_json
 from mda_lightning.units import Head, parse_unit
-from mda_lightning.window import Window, WindowEvent, WindowRule
-
-WINDOW_NAME = "window.json"
+from mda_lightning.window import (
+    WINDOW_NAME,
+    Edge,
+    MechanismWindow,
+    Phase,
+    Window,
+    WindowEvent,
+    WindowRule,
+    window_report,
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class CriticalWindow(pl.Callback):
         # Kept: Lightning asks for the key at every hook of every step.
         self._state_key = state_key("CriticalWindow", arguments)
         self.folder: Path | None = None
-        self.follower: WindowFollower | None = None
+        self.follower: MechanismWindow | None = None
         self._ring = CheckpointRing(ring)
         self._ring_every = ring_every
         self._wanted_folder = folder
@@ -189,7 +195,7 @@ class CriticalWindow(pl.Callback):
         self._ring.attach(self.folder / "ring")
         if self.follower is None or trainer.global_step == 0:
             # A Trainer's checkpoint, if there is one, is loaded after this.
-            self.follower = WindowFollower(
+            self.follower = MechanismWindow(
                 layout.heads, chance=measured.chance, target=self.target, rule=self.rule
             )
             self._kept, self._ring.steps = {}, []
@@ -326,7 +332,7 @@ class CriticalWindow(pl.Callback):
             follow(one)
 
     def report(self) -> dict[str, Any]:
-        """What ``window.json`` holds: see :mod:`mda_lightning.callbacks.window_report`."""
+        """What ``window.json`` holds: see :mod:`mda_lightning.window.report`."""
         assert self.follower is not None
         return window_report(
             mechanism=self.mechanism,
@@ -336,6 +342,7 @@ class CriticalWindow(pl.Callback):
                 for edge, (step, path) in self.checkpoints.items()
             },
             n_lost=self._ring.n_failed,
+            versions=versions(),
         )
 
     def _summarise(self, trainer: pl.Trainer) -> None:

@@ -38,12 +38,12 @@ from mda_lightning.callbacks.scoring_needs import (
     window_before,
 )
 from mda_lightning.callbacks.when import Active, When
-from mda_lightning.callbacks.window_follower import Edge, Phase
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.curvature import Fisher
 from mda_lightning.influence import weights_hash
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head, parse_unit
+from mda_lightning.window import Edge, Phase
 
 SCORES_NAME = "scores.parquet"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mda_lightning.callbacks.window_follower import Phase
+from mda_lightning.window import Phase
 
 Active = Literal["window", "always"] | tuple[int, int]
 

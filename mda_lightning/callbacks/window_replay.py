@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from mda_lightning.callbacks.inverse_probe import CurvatureSettings, inverse_probe
 from mda_lightning.callbacks.score_rows import RowBlock
-from mda_lightning.callbacks.window_follower import Edge
 from mda_lightning.influence import replay_scores, weights_hash
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head
+from mda_lightning.window import Edge
 
 
 class Rows(Protocol):

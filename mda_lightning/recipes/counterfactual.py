@@ -32,7 +32,7 @@ from mda_lightning.recipes.jobs import Job, Watch, run_jobs
 from mda_lightning.recipes.settings import StudySettings
 from mda_lightning.schedule import BaseOrder
 from mda_lightning.store import ScoreTable
-from mda_lightning.window_rule import WindowRule
+from mda_lightning.window import WindowRule
 
 SCHEMA_VERSION = 1
 _BRANCHED = ("mask-top", "mask-random", "insert-top", "insert-random")

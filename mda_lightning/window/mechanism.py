@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mda_lightning.units import Head
-from mda_lightning.window import Window, WindowDetector, WindowEvent, WindowRule
+from mda_lightning.window.detector import WindowDetector
+from mda_lightning.window.rule import Window, WindowEvent, WindowRule
 
 Phase = Literal["before", "warned", "open", "closed"]
 Edge = Literal["start", "mid", "end"]
 
 
-class WindowFollower:
+class MechanismWindow:
     """Follow all heads of a mechanism and decide when *its* window is over.
 
     The mechanism's window is that of its target: the head named, or in retrospect the head that is
@@ -132,13 +132,12 @@ class WindowFollower:
     def state_dict(self) -> dict[str, Any]:
         """Numbers, lists and one tensor: cheaper to save than as many numbers in a list."""
         state = self.detector.state_dict()
-        state["values"] = torch.tensor(state["values"], dtype=torch.float64)
         return {"detector": state, "closed": None if self._closed is None else list(self._closed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state; raises ValueError when it is of other heads or another rule."""
         saved = state["detector"]
-        self.detector.load_state_dict({**saved, "values": saved["values"].tolist()})
+        self.detector.load_state_dict(saved)
         closed = state["closed"]
         self._closed = None if closed is None else (int(closed[0]), int(closed[1]))
         self._settle()

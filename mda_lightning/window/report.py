@@ -25,21 +25,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mda_lightning.callbacks.attachment import versions
-from mda_lightning.callbacks.window_follower import Edge, WindowFollower
 from mda_lightning.units import Head
-from mda_lightning.window import Window, WindowDetector
+from mda_lightning.window.detector import WindowDetector
+from mda_lightning.window.mechanism import Edge, MechanismWindow
+from mda_lightning.window.rule import Window
 
 Status = Literal["closed", "censored", "lapsed", "none"]
 SCHEMA_VERSION = 1
+WINDOW_NAME = "window.json"
 
 
 def window_report(
     *,
     mechanism: str,
-    follower: WindowFollower,
+    follower: MechanismWindow,
     kept: Mapping[Edge, tuple[int, str]],
     n_lost: int,
+    versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """The report as JSON values.
 
@@ -81,7 +83,7 @@ def window_report(
         ],
         "last_step": detector.last_step,
         "rule": detector.rule.settings(),
-        "provenance": {"versions": versions()},
+        "provenance": {"versions": dict(versions)},
     }
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mda_lightning.window_fit import halfway, refine
-from mda_lightning.window_rule import (
+from mda_lightning.window.fit import halfway, refine
+from mda_lightning.window.rule import (
     STATES,
     EndReason,
     EventKind,
