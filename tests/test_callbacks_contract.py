@@ -31,7 +31,12 @@ from training import (
 )
 
 from mda_lightning import measures
-from mda_lightning.callbacks import CriticalWindow, InfluenceScoring, UnitMonitor
+from mda_lightning.callbacks import (
+    CriticalWindow,
+    InfluenceScoring,
+    ScheduledCheckpoints,
+    UnitMonitor,
+)
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.corpora import TokenRows
 from mda_lightning.datamodules import TokenDataModule
@@ -70,7 +75,7 @@ def all_callbacks(*, in_run: bool = True, **scoring: Any) -> list[pl.Callback]:
     if in_run:
         settings = {"active": "always", "refresh_every": 4, "n_curvature": 8} | scoring
         callbacks.append(InfluenceScoring(induction, **settings))
-    return callbacks
+    return [*callbacks, ScheduledCheckpoints("0, log2..4, every 5, last")]
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -131,6 +136,7 @@ def test_training_is_bit_identical_with_every_callback(tmp_path: Path, name: str
     assert {metric.partition("/")[0] for metric in table.metrics} >= {*MEASURES, "fake"}
     assert table.curves("ablation/logit")[0].tolist() == list(range(0, 13, 2))
     assert callbacks[2].phase == "closed"
+    assert list(callbacks[-1].checkpoints) == [0, 1, 2, 4, 5, 10, 12]
     if case.get("in_run", True):
         assert (tmp_path / "with" / "mda" / "scores.parquet").exists()
 
@@ -416,7 +422,7 @@ def test_callback_states_load_under_weights_only_and_go_round(tmp_path: Path) ->
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     ours = [c for c in callbacks if c.state_dict()]
-    assert len({c.state_key for c in ours}) == len(ours) == 3
+    assert len({c.state_key for c in ours}) == len(ours) == 4
     again = all_callbacks()
     for callback in again:
         if callback.state_key in saved and callback.state_dict is not None:
@@ -427,8 +433,12 @@ def test_callback_states_load_under_weights_only_and_go_round(tmp_path: Path) ->
 def test_state_keys_tell_settings_apart() -> None:
     assert UnitMonitor().state_key == UnitMonitor(every_n_steps=3).state_key
     assert UnitMonitor().state_key != UnitMonitor(["induction"]).state_key
-    assert CriticalWindow().state_key != CriticalWindow(target="L1H1").state_key
+    assert CriticalWindow().state_key != CriticalWindow(targets="L1H1").state_key
     assert InfluenceScoring().state_key != InfluenceScoring(estimator="replay").state_key
+    weights = ScheduledCheckpoints("last", weights_only=True)
+    assert ScheduledCheckpoints("last").state_key != weights.state_key
+    # A run may be resumed with another schedule.
+    assert ScheduledCheckpoints("last").state_key == ScheduledCheckpoints("every 9").state_key
 
 
 def test_fsdp_is_refused_at_setup() -> None:

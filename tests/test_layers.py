@@ -37,7 +37,16 @@ CORE_ORDER = (
 STREAM_ORDER = (("files",), ("corpora", "store", "interventions"), ("schedule",))
 
 #: May be had, and tested, without a model: no torch, directly or through anything they import.
-TORCH_FREE = {"files", "window", "interventions", "schedule", "store", "corpora", "analysis"}
+TORCH_FREE = {
+    "files",
+    "window",
+    "interventions",
+    "schedule",
+    "checkpoint_steps",
+    "store",
+    "corpora",
+    "analysis",
+}
 
 LOGGERS = {"wandb", "tensorboard", "mlflow", "comet_ml", "neptune"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

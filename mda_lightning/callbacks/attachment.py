@@ -25,16 +25,21 @@ class UnsupportedTrainerError(RuntimeError):
     """The Trainer trains in a way in which a model's heads cannot be looked at."""
 
 
-def check_strategy(trainer: pl.Trainer, who: str) -> None:
+def check_strategy(
+    trainer: pl.Trainer, who: str, *, why: str = "it runs the model by itself"
+) -> None:
     """Refuse strategies under which no rank holds whole weights.
+
+    Args:
+        why: why ``who`` needs them.
 
     Raises:
         UnsupportedTrainerError: FSDP, FSDP2 (ModelParallel) or DeepSpeed.
     """
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         raise UnsupportedTrainerError(
-            f"{who} cannot work under {type(trainer.strategy).__name__}: it runs the model by "
-            "itself, and no rank holds whole weights; use strategy='ddp' or one device"
+            f"{who} cannot work under {type(trainer.strategy).__name__}: {why}, and no rank holds "
+            "whole weights; use strategy='ddp' or one device"
         )
 
 
