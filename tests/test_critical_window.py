@@ -232,7 +232,7 @@ def test_a_run_without_a_window_says_so(tmp_path: Path) -> None:
     fit(StrangersModule(), watch(tmp_path, curve=jump(31, to=0.09)), tmp_path, max_steps=40)
     found = report(tmp_path)
     assert (found["status"], found["target"], found["window"]) == ("none", None, None)
-    assert "no head opened a window by step 40" in found["message"]
+    assert "no window had opened by step 40" in found["message"]
     assert found["highest"]["score"] == pytest.approx(float(jump(31, to=0.09)(40).max()), abs=1e-3)
 
 
@@ -301,16 +301,18 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stands before the UnitMonitor"):
         fit(StrangersModule(), [clock, window, monitor], tmp_path)
     with pytest.raises(ValueError, match=r"head 9 is out of range: layer 1 .* heads 0\.\.1"):
-        fit(StrangersModule(), watch(tmp_path, target="L1H9"), tmp_path)
+        fit(StrangersModule(), watch(tmp_path, targets="L1H9"), tmp_path)
     with pytest.raises(ValueError, match="ring=2"):
         CriticalWindow(ring=2)
-    with pytest.raises(ValueError, match="write a head as"):
-        CriticalWindow(target="head 3")
+    with pytest.raises(ValueError, match="targets=0"):
+        CriticalWindow(targets=0)
 
 
 def follower(target: Head | None = None) -> MechanismWindow:
     heads = [Head(0, 0), Head(0, 1)]
-    return MechanismWindow(heads, chance=0.05, target=target, rule=WindowRule())
+    return MechanismWindow(
+        heads, chance=0.05, targets=1 if target is None else [target], rule=WindowRule()
+    )
 
 
 def two_heads(step: int) -> np.ndarray:

@@ -84,7 +84,7 @@ def test_simulated_rises_are_found_near_where_the_clean_curve_crosses(seed: int)
     )
     detector, _ = detect(noisy(clean, seed=seed))
     (window,) = detector.windows()
-    crossing = int(np.argmax(clean > detector.up[0]))
+    crossing = int(np.argmax(clean > window.threshold))
     assert abs(window.start / 10 - crossing) <= 5
     assert window.end is not None and window.start < window.end
 

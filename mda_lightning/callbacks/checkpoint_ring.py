@@ -10,23 +10,24 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from mda_lightning.callbacks.checkpoint_writing import write_checkpoint
 from mda_lightning.files import atomic_path
 
 
-def to_evict(steps: Sequence[int], starts: Sequence[int]) -> int:
+def to_evict(steps: Sequence[int], wanted: Sequence[int]) -> int:
     """Which of the kept checkpoints, by increasing step, is missed least.
 
     Args:
         steps: increasing steps of the checkpoints, at least 3. The newest always stays.
-        starts: first steps of the windows that may turn out to matter, those most likely first.
+        wanted: steps that may turn out to matter, the likeliest first: windows' starts and ends.
             Without any, the oldest checkpoint goes. With them, the last checkpoint at or before
-            each start stays, as long as there is room for more than those; that of the earliest
-            start stays always. Of the others the one goes whose neighbours are closest together,
+            each of them stays, as long as there is room for more than those; that of the earliest
+            stays always. Of the others the one goes whose neighbours are closest together,
             so that what remains spans the window evenly.
     """
-    if not starts:
+    if not wanted:
         return steps[0]
-    before = [max((s for s in steps if s <= start), default=None) for start in starts]
+    before = [max((s for s in steps if s <= start), default=None) for start in wanted]
     floors = [s for s in before if s is not None]
     if not floors:
         return steps[0]
@@ -61,20 +62,32 @@ class CheckpointRing:
         self.steps: list[int] = []
         self.n_failed = 0
         self._folder: Path | None = None
+        self._promoted: Path | None = None
 
-    def attach(self, folder: Path) -> None:
-        """Keep the checkpoints in ``folder``."""
-        self._folder = folder
+    def attach(self, folder: Path, *, promoted: Path) -> None:
+        """Keep the checkpoints in ``folder``; those promoted lie in another."""
+        self._folder, self._promoted = folder, promoted
 
     def path(self, step: int) -> Path:
         assert self._folder is not None
         return self._folder / f"step-{step}.ckpt"
 
-    def restore(self, steps: Sequence[int], *, now: int) -> None:
-        """Take up the ring of a checkpoint saved at step ``now``: what is still on disk of it."""
-        self.steps = [s for s in steps if s <= now and self._folder and self.path(s).exists()]
+    def available(self, trainer: pl.Trainer) -> list[int]:
+        """The steps of which there is a checkpoint, in the ring or promoted; the same on all ranks.
 
-    def save(self, trainer: pl.Trainer, step: int, *, starts: Sequence[int]) -> bool:
+        A run that is resumed from before its window's end finds its ring gone, but not what was
+        promoted.
+        """
+        steps = [step for step in self.steps if self._source(step) is not None]
+        return list(trainer.strategy.broadcast(steps))
+
+    def _source(self, step: int) -> Path | None:
+        if self.path(step).exists():
+            return self.path(step)
+        assert self._promoted is not None
+        return next(iter(sorted(self._promoted.glob(f"*-step{step}.ckpt"))), None)
+
+    def save(self, trainer: pl.Trainer, step: int, *, wanted: Sequence[int]) -> bool:
         """Save the Trainer's present state as that of ``step``; returns whether it is on disk.
 
         Must be called on all ranks, after ``global_step`` has changed and from
@@ -82,7 +95,7 @@ class CheckpointRing:
         """
         if step not in self.steps:
             self.steps.append(step)  # before saving: the checkpoint's own state then lists it
-            failure = self._write(trainer, self.path(step))
+            failure = write_checkpoint(trainer, self.path(step))
             if failure is not None:
                 self.steps.remove(step)
                 self.n_failed += 1
@@ -94,54 +107,28 @@ class CheckpointRing:
                     )
                 return False
         while len(self.steps) > self.size:
-            gone = to_evict(self.steps, starts)
+            gone = to_evict(self.steps, wanted)
             self.steps.remove(gone)
             if trainer.is_global_zero:
                 self.path(gone).unlink(missing_ok=True)
         return True
 
-    def at_or_before(self, step: int) -> int | None:
-        """The last checkpoint whose step is at most ``step``."""
-        return max((s for s in self.steps if s <= step), default=None)
-
-    def nearest(self, step: int) -> int | None:
-        """The checkpoint nearest to ``step``; the earlier of two."""
-        return min(self.steps, key=lambda s: (abs(s - step), s), default=None)
-
     def promote(self, trainer: pl.Trainer, step: int, destination: Path) -> None:
         """Keep the checkpoint of ``step`` as ``destination`` too, whatever the ring does."""
-        if trainer.is_global_zero:
-            with atomic_path(destination) as part:
-                try:
-                    os.link(self.path(step), part)  # the ring's files are never written again
-                except OSError:
-                    shutil.copyfile(self.path(step), part)
+        source = self._source(step)
+        if not trainer.is_global_zero or source is None or source == destination:
+            return
+        with atomic_path(destination) as part:
+            try:
+                os.link(source, part)  # such a file is never written again, only replaced
+            except OSError:
+                shutil.copyfile(source, part)
 
     def clear(self, trainer: pl.Trainer) -> None:
-        """Remove the ring's own files."""
-        if trainer.is_global_zero:
-            for step in self.steps:
-                self.path(step).unlink(missing_ok=True)
-            if (
-                self._folder is not None
-                and self._folder.is_dir()
-                and not any(self._folder.iterdir())
-            ):
+        """Remove the ring's own files, also those that an interrupted run left there."""
+        if trainer.is_global_zero and self._folder is not None and self._folder.is_dir():
+            for path in [*self._folder.glob("step-*.ckpt"), *self._folder.glob(".step-*.part")]:
+                path.unlink(missing_ok=True)
+            if not any(self._folder.iterdir()):
                 self._folder.rmdir()
         self.steps = []
-
-    def _write(self, trainer: pl.Trainer, path: Path) -> OSError | None:
-        part = path.with_name(f".{path.name}.part")
-        try:
-            if trainer.is_global_zero:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(part, weights_only=False)
-            if trainer.is_global_zero:
-                os.replace(part, path)
-        except OSError as error:
-            if trainer.is_global_zero:
-                part.unlink(missing_ok=True)
-            # The other ranks wait where save_checkpoint would have ended.
-            trainer.strategy.barrier("CheckpointRing")
-            return error
-        return None

@@ -2,59 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from mda_lightning.callbacks.attachment import (
-    callbacks_before,
-    check_strategy,
     is_rehearsal,
     state_key,
     versions,
     warn_of_other_folder,
 )
-from mda_lightning.callbacks.checkpoint_ring import CheckpointRing
-from mda_lightning.callbacks.loggers import alert, log_scalars, log_summary, run_folder
-from mda_lightning.callbacks.unit_monitor import Measurement, UnitMonitor
+from mda_lightning.callbacks.checkpoint_writing import check_checkpointing
+from mda_lightning.callbacks.loggers import log_scalars, log_summary, run_folder
+from mda_lightning.callbacks.unit_monitor import UnitMonitor
+from mda_lightning.callbacks.window_checkpoints import PROMOTED, WindowCheckpoints
+from mda_lightning.callbacks.window_news import Announcement, WindowNews, tell
+from mda_lightning.callbacks.window_source import (
+    LoggedSource,
+    MonitorSource,
+    On,
+    WindowSource,
+    monitor_of,
+)
 from mda_lightning.files import write_json
-from mda_lightning.units import Head, parse_unit
+from mda_lightning.mechanisms import MECHANISMS
+from mda_lightning.units import parse_unit
 from mda_lightning.window import (
     WINDOW_NAME,
     Edge,
     MechanismWindow,
     Phase,
     Window,
-    WindowEvent,
     WindowRule,
+    message_of,
     window_report,
 )
 
 
-@dataclass(frozen=True)
-class Announcement:
-    """A window of one head opened, closed or lapsed."""
-
-    kind: Literal["opened", "closed", "lapsed"]
-    mechanism: str
-    unit: Head
-    step: int
-    start: int
-    reason: str | None
-
-
 class CriticalWindow(pl.Callback):
-    """Follow a :class:`UnitMonitor` and find the window in which a head of a mechanism forms.
+    """Find the window in which a unit of a mechanism forms, and keep the checkpoints around it.
 
-    The mechanism's window is that of its target head: the one named, or in retrospect the one that
-    is highest when its own window closes. Because a start is known only afterwards, full
-    checkpoints are kept in a bounded ring: one every ``ring_every`` measurements, and one whenever
-    a head first passes its threshold. Those at the window's start (step <= start), midpoint and end
+    It follows a :class:`UnitMonitor`'s mechanism or measure, or any number that is logged. The
+    mechanism's window is that of its target: in retrospect the unit that is highest when its own
+    window has closed, or the units named. Because a start is known only afterwards, full
+    checkpoints are kept in a bounded ring: one every ``ring_every`` evaluations while a unit is
+    about to rise or rises (five times as seldom before), and one whenever a unit first passes its
+    threshold and when it has formed. Those at the window's start (step <= start), midpoint and end
     are promoted to ``window/``; training resumes from any of them exactly.
 
     Place it after its :class:`UnitMonitor`, and last among callbacks that change training state on
@@ -63,10 +58,11 @@ class CriticalWindow(pl.Callback):
     ==============================  ==============================================================
     logged, per mechanism           meaning
     ==============================  ==============================================================
-    ``<mechanism>/ema_max``         highest smoothed score of the watched heads
-    ``<mechanism>/n_rising``        watched heads inside their window
-    ``<mechanism>/n_formed``        watched heads whose window has closed
-    alert (W&B)                     a window opened, closed or lapsed
+    ``<mechanism>/ema_max``         highest smoothed score of the units watched
+    ``<mechanism>/n_rising``        units watched that are inside a window
+    ``<mechanism>/n_formed``        units watched whose window has closed
+    ``<mechanism>/window_open``     1 while the mechanism's window is open, else 0
+    alert (W&B)                     a window opened, closed or lapsed, or was handed over
     summary (W&B)                   ``<mechanism>/window_{status,target,start,end}``, at the end
     ==============================  ==============================================================
 
@@ -74,22 +70,37 @@ class CriticalWindow(pl.Callback):
     end), ``window/*.ckpt``, and ``ring/`` until the window has closed.
 
     Args:
-        mechanism: name of a mechanism that the monitor measures.
-        target: a head such as ``"L1H2"``, or None for the retrospective choice.
-        rule: thresholds of the detector.
+        mechanism: name of a mechanism that a monitor measures; or a metric: a key of one of its
+            measures, as ``"ablation/logit"``, or a name under which the module logs a number.
+        targets: how many of the highest units; or their names, such as ``["L1H2"]``.
+        chance: the metric's value before anything has formed. Known of mechanisms.
+        rule: thresholds of the detector. The default is meant for attention probabilities.
+        falls: a metric whose formation is a fall, such as a loss: it is followed with its sign
+            turned, and ``rule`` is in turned values too; ``chance`` is not turned.
+        on: where a logged number is read: every ``every_n_steps`` steps of training, or after each
+            validation.
+        every_n_steps: see there.
         ring: checkpoints in the ring at most.
-        ring_every: measurements between two of them.
-        folder: where to write; None is the monitor's folder.
+        ring_every: evaluations between two of them.
+        folder: where to write; None is the monitor's folder, or ``mda/`` in the logger's.
         stop_when_closed: stop the training ``margin_steps`` after the window has closed.
         margin_steps: see there.
+
+    Raises:
+        ValueError: a number out of range; at ``setup``, a unit that the model lacks, a monitor that
+            acts later, or no monitor for a mechanism; in training, a metric that nobody logs.
     """
 
     def __init__(
         self,
         mechanism: str = "induction",
         *,
-        target: str | None = None,
+        targets: int | str | Sequence[str] = 1,
+        chance: float | None = None,
         rule: WindowRule | None = None,
+        falls: bool = False,
+        on: On = "train",
+        every_n_steps: int = 10,
         ring: int = 8,
         ring_every: int = 5,
         folder: str | None = None,
@@ -97,27 +108,41 @@ class CriticalWindow(pl.Callback):
         margin_steps: int = 0,
     ) -> None:
         super().__init__()
-        if ring_every < 1:
-            raise ValueError(f"ring_every={ring_every}: at most every measurement, 1")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}: read at most every step, 1")
         if margin_steps < 0:
             raise ValueError(f"margin_steps={margin_steps}: 0 or more steps after the close")
+        if on not in ("train", "validation"):
+            raise ValueError(f"on={on!r}: 'train' or 'validation'")
+        if isinstance(targets, int) and targets < 1:
+            raise ValueError(f"targets={targets}: at least one unit, by number or by name")
         self.mechanism = mechanism
-        self.target = None if target is None else parse_unit(target)
-        self.rule = rule or WindowRule()
-        arguments = {"mechanism": mechanism, "target": target, "rule": self.rule.settings()}
+        self.targets = [targets] if isinstance(targets, str) else targets
+        self.rule = rule
+        arguments = {
+            "mechanism": mechanism,
+            "targets": self.targets if isinstance(self.targets, int) else list(self.targets),
+            "chance": chance,
+            "rule": (rule or WindowRule()).settings(),
+            "falls": falls,
+            "on": on,
+        }
         # Kept: Lightning asks for the key at every hook of every step.
         self._state_key = state_key("CriticalWindow", arguments)
         self.folder: Path | None = None
-        self.follower: MechanismWindow | None = None
-        self._ring = CheckpointRing(ring)
-        self._ring_every = ring_every
+        self.follower: MechanismWindow[Any] | None = None
+        self._chance = chance
+        self._sign = -1.0 if falls else 1.0
+        self._on: On = on
+        self._every_n_steps = every_n_steps
+        self._checkpoints = WindowCheckpoints(ring, ring_every)
+        self._news = WindowNews(mechanism)
         self._wanted_folder = folder
         self._stop_when_closed = stop_when_closed
         self._margin_steps = margin_steps
         self._monitor: UnitMonitor | None = None
-        self._kept: dict[Edge, int] = {}  # steps of the promoted checkpoints
-        self._saved: Mapping[str, Any] | None = None  # a state that came before setup
-        self._subscribers: list[Callable[[Announcement], None]] = []
+        self._source: WindowSource | None = None
+        self._saved: dict[str, Any] | None = None  # a state that has not been taken up
 
     # -- for other code -----------------------------------------------------------------------
 
@@ -132,19 +157,30 @@ class CriticalWindow(pl.Callback):
         return self.follower is not None and self.follower.asks
 
     @property
-    def window(self) -> tuple[Head, Window] | None:
-        """The target and its window: closed, else open, else the last that lapsed, else None."""
+    def window(self) -> tuple[Any, Window] | None:
+        """The leading target and the window: closed, else open, else the last that lapsed, else
+        None."""
         return None if self.follower is None else self.follower.window
+
+    @property
+    def target_windows(self) -> list[tuple[Any, Window]]:
+        """All targets that have risen, the leading one first, each with its own window."""
+        return [] if self.follower is None else self.follower.targets
+
+    @property
+    def status(self) -> str:
+        """The window in a sentence."""
+        return "" if self.follower is None else message_of(self.follower)
 
     @property
     def checkpoints(self) -> dict[Edge, tuple[int, Path]]:
         """Promoted checkpoints: edge -> (step, path)."""
-        return {edge: (step, self._checkpoint(edge)) for edge, step in self._kept.items()}
+        return self._checkpoints.paths
 
     def subscribe(self, follow: Callable[[Announcement], None]) -> Callable[[], None]:
-        """Call ``follow`` when a head's window opens, closes or lapses; returns what ends it."""
-        self._subscribers.append(follow)
-        return lambda: self._subscribers.remove(follow)
+        """Call ``follow`` when a unit's window opens, closes or lapses, or is handed over; returns
+        what ends it."""
+        return self._news.subscribe(follow)
 
     # -- Lightning ----------------------------------------------------------------------------
 
@@ -153,57 +189,67 @@ class CriticalWindow(pl.Callback):
         return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
-        if self.follower is None:
+        """A monitor's values are in the monitor's own state, from which the detector is rebuilt."""
+        if self.follower is None or self._source is None:
             return dict(self._saved or {})
         return {
-            "schema_version": 1,
+            "schema_version": 2,
             "folder": str(self.folder),
-            "ring": list(self._ring.steps),
-            "kept": {str(edge): step for edge, step in self._kept.items()},
-            **self.follower.state_dict(),
+            "last_step": self.follower.last_step,
+            "checkpoints": self._checkpoints.state_dict(),
+            "source": self._source.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.follower is None:
-            self._saved = state_dict
-        elif state_dict:
+        if not state_dict:
+            return
+        self._saved = dict(state_dict)
+        if self._source is not None:  # else at setup
             warn_of_other_folder("CriticalWindow", state_dict["folder"], self.folder)
-            self.follower.load_state_dict(state_dict)
-            self._ring.restore(state_dict["ring"], now=self.follower.last_step)
-            self._kept = {
-                edge: step for edge, step in state_dict["kept"].items() if self._has(edge, step)
-            }
+            self._source.load_state_dict(state_dict["source"])
+            if self.follower is not None:
+                self._take_up()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_strategy(trainer, "CriticalWindow")
-        self._monitor = self._find_monitor(trainer)
-        self._monitor.add_follower(self)
-        measured, layout = self._monitor.mechanism(self.mechanism), self._monitor.layout
-        assert measured is not None and layout is not None
-        if self.target is not None:
-            try:
-                layout.check(self.target)
-            except ValueError as error:
-                raise ValueError(f"CriticalWindow(target={str(self.target)!r}): {error}") from error
-        if self._wanted_folder is None:
+        check_checkpointing(trainer, "CriticalWindow")
+        self._monitor = monitor_of(trainer, self, self.mechanism)
+        measured = None if self._monitor is None else self._monitor.mechanism(self.mechanism)
+        self._check_metric(is_mechanism=measured is not None)
+        if self._monitor is not None:
+            self._source = MonitorSource(self._monitor, self.mechanism)
+            self._monitor.add_follower(self)
+        else:
+            self._source = LoggedSource(
+                self.mechanism, on=self._on, every_n_steps=self._every_n_steps
+            )
+        if self._wanted_folder is None and self._monitor is not None:
             self.folder = self._monitor.folder
         else:
             self.folder = run_folder(trainer, self._wanted_folder)
         assert self.folder is not None
-        self._ring.attach(self.folder / "ring")
-        if self.follower is None or trainer.global_step == 0:
+        self._checkpoints.attach(self.folder)
+        if self.follower is not None and trainer.global_step != 0:
+            return  # a second fit that goes on with the first
+        self.follower = None
+        self._checkpoints.begin()
+        if measured is not None:
             # A Trainer's checkpoint, if there is one, is loaded after this.
-            self.follower = MechanismWindow(
-                layout.heads, chance=measured.chance, target=self.target, rule=self.rule
-            )
-            self._kept, self._ring.steps = {}, []
-            if self._saved is not None:
-                self.load_state_dict(dict(self._saved))
-                self._saved = None
+            self._begin(self._chance if self._chance is not None else measured.chance)
+        if self._saved is not None:
+            self.load_state_dict(self._saved)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._source is not None
+        if self.follower is None:  # its units are known once the metric has been measured
+            assert self._chance is not None
+            self._begin(self._chance)
+            if self._saved is not None:
+                self._take_up()
+        if trainer.global_step == 0 and not is_rehearsal(trainer):
+            self._checkpoints.clear(trainer)  # a former run's, in the same folder
+        self._source.read(trainer, "train")
         self._catch_up()
         self._follow(trainer, pl_module, in_batch=False)
 
@@ -215,121 +261,104 @@ class CriticalWindow(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        assert self._source is not None
+        self._source.read(trainer, "train")
         self._follow(trainer, pl_module, in_batch=True)
         if self._stop_when_closed and self.follower is not None:
             closed_at = self.follower.closed_at
             if closed_at is not None and trainer.global_step >= closed_at + self._margin_steps:
                 trainer.should_stop = True
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._source is not None and self.follower is not None:
+            self._source.read(trainer, "validation")
+            self._follow(trainer, pl_module, in_batch=False)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.follower is not None
         if is_rehearsal(trainer):
             return
         if self.follower.phase != "closed":
-            self._promote(trainer)
+            self._checkpoints.promote(trainer, self.follower)
+        if self.follower.phase == "before":
+            self._checkpoints.clear(trainer)  # no window has begun that could need one of them
         self._write(trainer)
         self._summarise(trainer)
+        if self.follower.phase != "closed":
+            tell(self._monitor, trainer.global_step, self.status)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._monitor = None
 
     # -- what it does -------------------------------------------------------------------------
 
-    def _find_monitor(self, trainer: pl.Trainer) -> UnitMonitor:
-        before, after = callbacks_before(trainer, self, UnitMonitor)
-        for monitor in before:
-            if monitor.mechanism(self.mechanism) is not None:
-                return monitor
-        if any(monitor.mechanism(self.mechanism) is not None for monitor in after):
+    def _check_metric(self, *, is_mechanism: bool) -> None:
+        if is_mechanism:
+            return
+        if self.mechanism in MECHANISMS:
             raise ValueError(
-                f"CriticalWindow({self.mechanism!r}) stands before the UnitMonitor it follows; put "
-                "it after that one in callbacks=[...]"
+                f"CriticalWindow({self.mechanism!r}) follows a UnitMonitor that measures "
+                f"{self.mechanism!r} as a mechanism, and there is none; put UnitMonitor("
+                f"mechanisms=({self.mechanism!r},)) before it in callbacks=[...]"
             )
-        raise ValueError(
-            f"CriticalWindow({self.mechanism!r}) follows a UnitMonitor that measures "
-            f"{self.mechanism!r}, and there is none; put UnitMonitor(mechanisms="
-            f"({self.mechanism!r},)) before it in callbacks=[...]"
+        if self._chance is None or self.rule is None:
+            raise ValueError(
+                f"CriticalWindow({self.mechanism!r}): no mechanism of a UnitMonitor has that name. "
+                "Of another metric say where it begins and what a rise is: chance=..., and "
+                "rule=WindowRule(minimum_up=..., level=None), which closes on a plateau. Or put "
+                f"UnitMonitor(mechanisms=({self.mechanism!r},)) before it in callbacks=[...]"
+            )
+
+    def _begin(self, chance: float) -> None:
+        assert self._source is not None
+        units = self._source.units
+        targets: int | list[Any]
+        if isinstance(self.targets, int):
+            targets = self.targets
+        else:
+            named = {str(unit): unit for unit in units}
+            targets = [named.get(str(name), name) for name in self.targets]
+            if (unknown := [name for name in targets if name not in units]) and self._monitor:
+                assert self._monitor.layout is not None
+                try:
+                    self._monitor.layout.check(parse_unit(unknown[0]))
+                except ValueError as error:
+                    raise ValueError(f"CriticalWindow(targets={self.targets}): {error}") from error
+        self.follower = MechanismWindow(
+            units, chance=self._sign * chance, targets=targets, rule=self.rule
         )
 
-    def _catch_up(self) -> None:
-        """Take from the monitor's table what this callback was not there for."""
-        assert self._monitor is not None and self.follower is not None
-        steps, values = self._monitor.table.curves(self.mechanism)
-        for step, value in zip(steps[:-1], values[:-1], strict=True):  # the last is followed
-            if step > self.follower.last_step:
-                self.follower.update(int(step), value)
+    def _take_up(self) -> None:
+        """Go on from a saved state."""
+        assert self.follower is not None and self._saved is not None
+        state, self._saved = self._saved, None
+        now = int(state["last_step"])
+        self._catch_up(until=now)
+        self._checkpoints.load_state_dict(state["checkpoints"], now=now)
+
+    def _catch_up(self, until: int | None = None) -> None:
+        """Take evaluations that this callback was not there for: up to ``until``, or all but the
+        last one, which is followed."""
+        assert self._source is not None and self.follower is not None
+        new = list(self._source.since(self.follower.last_step))
+        for step, value in new[:-1] if until is None else new:
+            if until is None or step <= until:
+                self.follower.update(step, self._sign * value)
 
     def _follow(self, trainer: pl.Trainer, module: pl.LightningModule, *, in_batch: bool) -> None:
-        assert self._monitor is not None and self.follower is not None
-        new = self._monitor.latest(self.mechanism)
-        if new is None or new.step <= self.follower.last_step:
-            return
-        was_closed = self.follower.phase == "closed"
-        events = self.follower.update(new.step, new.value)
-        if not was_closed and not is_rehearsal(trainer):
-            self._keep_checkpoints(trainer, new.step, events)
-        log_scalars(trainer, module, self._scalars(), step=new.step, monitorable=in_batch)
-        turns = [event for event in events if event.kind in ("opened", "closed", "lapsed")]
-        for event in turns:
-            self._announce(trainer, event, new)
-        if turns and not is_rehearsal(trainer):
-            self._write(trainer)
-
-    def _keep_checkpoints(self, trainer: pl.Trainer, step: int, events: list[WindowEvent]) -> None:
-        assert self.follower is not None
-        closed = self.follower.phase == "closed"
-        due = (self.follower.detector.n_evaluations - 1) % self._ring_every == 0
-        if not (due or closed or any(event.kind == "warning" for event in events)):
-            return
-        if closed:
-            # Known before it is saved, so that the end's own checkpoint lists all three.
-            self._kept = self.follower.edges([*self._ring.steps, step])
-        self._ring.save(trainer, step, starts=self.follower.starts())
-        if closed:
-            self._promote(trainer)
-            self._ring.clear(trainer)
-
-    def _promote(self, trainer: pl.Trainer) -> None:
-        assert self.follower is not None
-        self._kept = self.follower.edges(self._ring.steps)
-        for edge, step in self._kept.items():
-            self._ring.promote(trainer, step, self._checkpoint(edge))
-
-    def _checkpoint(self, edge: Edge) -> Path:
-        assert self.folder is not None
-        return self.folder / "window" / f"{edge}-step{self._kept[edge]}.ckpt"
-
-    def _has(self, edge: str, step: int) -> bool:
-        return bool(self.folder and (self.folder / "window" / f"{edge}-step{step}.ckpt").exists())
-
-    def _scalars(self) -> dict[str, float]:
-        assert self.follower is not None
-        detector, watched = self.follower.detector, self.follower.watched
-        states = detector.states
-        values = {
-            f"{self.mechanism}/n_rising": float(sum(states[i] == "RISING" for i in watched)),
-            f"{self.mechanism}/n_formed": float(sum(states[i] == "FORMED" for i in watched)),
-        }
-        ema = detector.ema[watched]
-        if np.isfinite(ema).any():
-            values[f"{self.mechanism}/ema_max"] = float(np.nanmax(ema))
-        return values
-
-    def _announce(self, trainer: pl.Trainer, event: WindowEvent, new: Measurement) -> None:
-        assert self.follower is not None
-        unit = self.follower.heads[event.unit_index]
-        kind: Literal["opened", "closed", "lapsed"] = event.kind  # type: ignore[assignment]
-        one = Announcement(kind, self.mechanism, unit, event.step, event.start, event.reason)
-        score = float(new.value.reshape(-1)[event.unit_index])
-        reason = "" if event.reason is None else f", {event.reason}"
-        title = f"{self.mechanism}: window of {unit} {kind}"
-        text = f"window from step {event.start}, score {score:.3f}{reason}"
-        alert(trainer, title, f"step {event.step}, {text}")
-        assert self._monitor is not None
-        self._monitor.note(event.step, f"{title} ({text})")
-        rank_zero_info(f"step {event.step}: {title} ({text})")
-        for follow in list(self._subscribers):
-            follow(one)
+        assert self._source is not None and self.follower is not None
+        for step, value in self._source.since(self.follower.last_step):
+            was_closed = self.follower.phase == "closed"
+            events = self.follower.update(step, self._sign * value)
+            if not was_closed and not is_rehearsal(trainer):
+                self._checkpoints.keep(trainer, step, self.follower, events)
+            scalars = self._news.scalars(self.follower, sign=self._sign)
+            log_scalars(trainer, module, scalars, step=step, monitorable=in_batch)
+            turns = [event for event in events if event.kind not in ("warning", "calm")]
+            for event in turns:
+                self._news.announce(trainer, self._monitor, self.follower, event, value)
+            if turns and not is_rehearsal(trainer):
+                self._write(trainer)
 
     def report(self) -> dict[str, Any]:
         """What ``window.json`` holds: see :mod:`mda_lightning.window.report`."""
@@ -338,10 +367,10 @@ class CriticalWindow(pl.Callback):
             mechanism=self.mechanism,
             follower=self.follower,
             kept={
-                edge: (step, f"window/{path.name}")
-                for edge, (step, path) in self.checkpoints.items()
+                edge: (step, f"{PROMOTED}/{path.name}")
+                for edge, (step, path) in self._checkpoints.paths.items()
             },
-            n_lost=self._ring.n_failed,
+            n_lost=self._checkpoints.n_lost,
             versions=versions(),
         )
 

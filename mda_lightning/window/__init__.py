@@ -8,7 +8,7 @@ command ``mda-lightning window`` are both made of these.
 
 from mda_lightning.window.detector import WindowDetector, replay
 from mda_lightning.window.mechanism import Edge, MechanismWindow, Phase
-from mda_lightning.window.report import WINDOW_NAME, window_report
+from mda_lightning.window.report import WINDOW_NAME, message_of, window_report
 from mda_lightning.window.rule import State, Window, WindowEvent, WindowRule
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "WindowDetector",
     "WindowEvent",
     "WindowRule",
+    "message_of",
     "replay",
     "window_report",
 ]

@@ -4,23 +4,29 @@ A *critical window* is the stretch of training in which a unit's monitoring metr
 floor to its formed level. Each unit runs through four states:
 
     PRE ──opened──> RISING ──closed──> FORMED ──lapsed──> LAPSED ──opened──> RISING ...
-                       └───────────────lapsed──────────────^
+                    │    ^──────opened────┘                 ^
+                    └───────────────lapsed──────────────────┘
 
-Units hand over to each other (App. K of the paper), hence LAPSED and second windows. Everything
-is vectorised over units and is a function of the values alone: the state *is* the history, so a
-detector restored from it goes on exactly as if it had never stopped.
+Units hand over to each other (App. K of the paper), hence LAPSED and second windows; and a unit
+that has come to rest may rise again, hence FORMED to RISING. Everything is vectorised over units
+and is a function of the values alone: the state *is* the history, so a detector restored from it
+goes on exactly as if it had never stopped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mda_lightning.window.fit import halfway, refine
+from mda_lightning.window.climb import Climbs
+from mda_lightning.window.ending import halfway, plateau_end, refined
+from mda_lightning.window.floor import Floors, has_held
+from mda_lightning.window.handover import hand_overs
+from mda_lightning.window.history import History
 from mda_lightning.window.rule import (
     STATES,
     EndReason,
@@ -31,14 +37,15 @@ from mda_lightning.window.rule import (
     WindowRule,
 )
 
-__all__ = ["State", "Window", "WindowDetector", "WindowEvent", "WindowRule", "replay"]
-
 _PRE, _RISING, _FORMED, _LAPSED = range(4)
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 class WindowDetector:
     """Follow ``n_units`` curves at once and say when each one's window opens and closes.
+
+    Values are held in single precision.
 
     Args:
         n_units: number of curves.
@@ -59,24 +66,23 @@ class WindowDetector:
         self._clear()
 
     def _clear(self) -> None:
-        n, rule = self.n_units, self.rule
-        self._n = 0
-        self._steps = np.zeros(64, np.int64)
-        self._values = np.zeros((64, n))
-        self._smooth = np.zeros((64, n))
-        self._early = np.full((rule.n_early, n), np.nan)
-        self._n_early = np.zeros(n, np.int64)
-        self.floor = self.chance.copy()
-        self._sigma = np.full(n, rule.minimum_sigma)
+        n = self.n_units
+        self._history = History(n)
+        self._ema = np.full((self.rule.slope_span[1] + 1, n), np.nan)  # the last ones, a ring
+        self._floors = Floors(self.chance, self.rule)
         self._state = np.full(n, _PRE, np.int8)
         self._start = np.zeros(n, np.int64)
         self._start_row = np.zeros(n, np.int64)
         self._above_run = np.zeros(n, np.int64)
         self._level_run = np.zeros(n, np.int64)
-        self._plateau_run = np.zeros(n, np.int64)
         self._low_run = np.zeros(n, np.int64)
-        self._peak_slope = np.zeros(n)
-        self._max_ema = np.zeros(n)
+        self._climbs = Climbs(n, self.rule)
+        self._lapsed_at = np.full(n, -1, np.int64)
+        # What the unit rose from the first time: a fall below it is a lapse.
+        self._base_floor = self._floors.floor.copy()
+        self._base_sigma = self._floors.sigma.copy()
+        self._base_line = self._floors.rearm
+        self._from = np.zeros((2, n))  # floor and threshold of the window at hand
         self._ended: list[Window] = []
         self.n_missing = np.zeros(n, np.int64)
         """Per unit, evaluations that were not finite; they change nothing."""
@@ -86,43 +92,72 @@ class WindowDetector:
     # -- what can be read ---------------------------------------------------------------------
 
     @property
-    def up(self) -> NDArray[np.float64]:
+    def floor(self) -> Floats:
+        """[n_units] what each unit rises from now: its floor, or the level at which it rests."""
+        floor: Floats = self._floors.floor.copy()
+        return floor
+
+    @property
+    def up(self) -> Floats:
         """[n_units] the opening thresholds now."""
-        return np.maximum(self.rule.minimum_up, self.floor + self.rule.n_sigma * self._sigma)
+        up: Floats = self._floors.up.copy()
+        return up
 
     @property
-    def ema(self) -> NDArray[np.float64]:
+    def ema(self) -> Floats:
         """[n_units] the smoothed values; NaN before a unit's first finite value."""
-        return self._smooth[self._n - 1].copy() if self._n else np.full(self.n_units, np.nan)
+        ema: Floats = self._ema[(len(self._history) - 1) % len(self._ema)].copy()
+        return ema
 
     @property
-    def newest(self) -> NDArray[np.float64]:
+    def newest(self) -> Floats:
         """[n_units] the last values, finite or not; NaN before the first."""
-        return self._values[self._n - 1].copy() if self._n else np.full(self.n_units, np.nan)
+        return self._history.newest
 
     @property
-    def highest(self) -> NDArray[np.float64]:
+    def highest(self) -> Floats:
         """[n_units] the highest values so far; NaN where none was finite."""
-        if not self._n:
-            return np.full(self.n_units, np.nan)
-        return np.asarray(np.fmax.reduce(self._values[: self._n], axis=0))
+        return self._history.highest
 
     @property
     def states(self) -> list[State]:
         return [STATES[code] for code in self._state]
 
     @property
+    def rising(self) -> Mask:
+        """[n_units] which are inside a window."""
+        return np.asarray(self._state == _RISING)
+
+    @property
+    def formed(self) -> Mask:
+        """[n_units] which have formed and not lapsed."""
+        return np.asarray(self._state == _FORMED)
+
+    @property
     def n_evaluations(self) -> int:
-        return self._n
+        return len(self._history)
 
     @property
     def last_step(self) -> int | None:
-        return int(self._steps[self._n - 1]) if self._n else None
+        return int(self._history.steps[-1]) if len(self._history) else None
+
+    @property
+    def stirring(self) -> Mask:
+        """[n_units] which may be about to rise: smoothed, they are more than halfway to the
+        threshold and climbing."""
+        now = len(self._history) - 1
+        ema, before = self.ema, self._ema[max(now - self.rule.patience, 0) % len(self._ema)]
+        climbing = ema - before > self._floors.sigma
+        return np.asarray(self._armed() & (ema > self._floors.half) & climbing)
+
+    @property
+    def warned(self) -> Mask:
+        """[n_units] which may be opening a window: their last value was above the threshold."""
+        return np.asarray(self._armed() & (self._above_run > 0))
 
     def warned_since(self) -> dict[int, int]:
         """Units that may be opening a window: unit index -> step of the first value above."""
-        waiting = np.flatnonzero(self._armed() & (self._above_run > 0))
-        return {int(i): int(self._start[i]) for i in waiting}
+        return {int(i): int(self._start[i]) for i in np.flatnonzero(self.warned)}
 
     def windows(self) -> list[Window]:
         """Every window so far, by start then unit; open ones are censored and have no end."""
@@ -132,11 +167,22 @@ class WindowDetector:
 
     def _window(self, unit: int, *, ended: Window | None) -> Window:
         state = STATES[self._state[unit]]
-        if ended is not None:
-            return Window(**{**asdict(ended), "state": state})
-        first = bool(self._start_row[unit] == 0)
-        start = int(self._start[unit])
-        return Window(unit, start, None, None, None, None, None, state, True, first)
+        return replace(ended or self._open_window(unit), state=state)
+
+    def _open_window(self, unit: int) -> Window:
+        floor, threshold = (float(x) for x in self._from[:, unit])
+        return Window(
+            unit_index=unit,
+            start=int(self._start[unit]),
+            end=None,
+            midpoint=None,
+            end_reason=None,
+            state="RISING",
+            censored=True,
+            start_censored=bool(self._start_row[unit] == 0),
+            floor=floor,
+            threshold=threshold,
+        )
 
     # -- what changes it ----------------------------------------------------------------------
 
@@ -149,76 +195,69 @@ class WindowDetector:
         Raises:
             ValueError: another number of values, or a step before the last one.
         """
-        new = np.asarray(values, np.float64).reshape(-1)
-        if new.shape != (self.n_units,):
-            raise ValueError(f"{len(new)} values for {self.n_units} units at step {step}")
-        if self._n and step <= self._steps[self._n - 1]:
-            if step == self._steps[self._n - 1]:
-                self.n_repeated += 1
-                return []
+        given = np.asarray(values, np.float32).reshape(-1)
+        if given.shape != (self.n_units,):
+            raise ValueError(f"{len(given)} values for {self.n_units} units at step {step}")
+        last = self.last_step
+        if last is not None and step == last:
+            self.n_repeated += 1
+            return []
+        if last is not None and step < last:
             raise ValueError(
                 f"step {step} comes after step {self.last_step}: evaluations must be in order; "
                 "sort them, or begin again with a new detector"
             )
-        finite = np.isfinite(new)
+        new, finite = given.astype(np.float64), np.isfinite(given)
         self.n_missing += ~finite
-        self._append(step, new, finite)
-        up = self.up
-        above = finite & (new > up)
-        events = self._open(step, finite, above)
-        self._learn_floor(new, finite & ~above & self._armed())
-        events += self._close(step, finite, up)
+        self._append(step, given, new, finite)
+        events = self._open(step, new, finite)
+        self._floors.take(new, self._is_calm())
+        events += self._close(step, finite)
+        if any(event.kind in ("lapsed", "opened") for event in events):
+            events += hand_overs(
+                events,
+                self._ended,
+                rising=self.rising,
+                formed=self.formed,
+                last_high=self._climbs.last_high,
+                lapsed_at=np.where(self._state == _LAPSED, self._lapsed_at, -1),
+            )
         return sorted(events, key=lambda e: e.unit_index)
 
-    def _armed(self) -> NDArray[np.bool_]:
-        return np.asarray((self._state == _PRE) | (self._state == _LAPSED))
+    def _armed(self) -> Mask:
+        """Units of which a window may open."""
+        resting = (self._state == _FORMED) & self._floors.is_plateau
+        return np.asarray((self._state == _PRE) | (self._state == _LAPSED) | resting)
 
-    def _append(self, step: int, new: NDArray[np.float64], finite: NDArray[np.bool_]) -> None:
-        if self._n == len(self._steps):
-            self._steps = np.concatenate([self._steps, np.zeros_like(self._steps)])
-            self._values = np.concatenate([self._values, np.zeros_like(self._values)])
-            self._smooth = np.concatenate([self._smooth, np.zeros_like(self._smooth)])
+    def _is_calm(self) -> Mask:
+        low = (self.ema < self._floors.half) | ~self._floors.is_learned
+        return np.asarray(self._armed() & (self._above_run == 0) & low)
+
+    def _append(self, step: int, given: NDArray[np.float32], new: Floats, finite: Mask) -> None:
         before = self.ema
         safe = np.where(finite, new, before)
-        self._steps[self._n] = step
-        self._values[self._n] = new
-        self._smooth[self._n] = np.where(
+        self._ema[len(self._history) % len(self._ema)] = np.where(
             np.isnan(before), safe, before + self.rule.smoothing * (safe - before)
         )
-        self._n += 1
+        self._history.append(step, given)
 
-    def _learn_floor(self, new: NDArray[np.float64], calm: NDArray[np.bool_]) -> None:
-        """Floor and sigma from the first ``n_early`` values that were not above the threshold."""
-        units = np.flatnonzero(calm & (self._n_early < self.rule.n_early))
-        if len(units) == 0:
-            return
-        self._early[self._n_early[units], units] = new[units]
-        self._n_early[units] += 1
-        units = units[self._n_early[units] >= self.rule.patience]
-        if len(units) == 0:
-            return
-        early = self._early[:, units]
-        median = np.nanmedian(early, axis=0)
-        mad = np.nanmedian(np.abs(early - median), axis=0)
-        self.floor[units] = np.maximum(self.chance[units], median)
-        self._sigma[units] = np.maximum(self.rule.minimum_sigma, _MAD_TO_SIGMA * mad)
-
-    def _open(
-        self, step: int, finite: NDArray[np.bool_], above: NDArray[np.bool_]
-    ) -> list[WindowEvent]:
-        armed = self._armed()
-        first = armed & above & (self._above_run == 0)
+    def _open(self, step: int, new: Floats, finite: Mask) -> list[WindowEvent]:
+        armed, floor = self._armed(), self._floors.floor
+        above = armed & finite & (new > self._floors.up)
+        first = above & (self._above_run == 0)
         broken = armed & finite & ~above & (self._above_run > 0)
-        self._start[first], self._start_row[first] = step, self._n - 1
-        self._above_run[armed & above] += 1
+        if not (above.any() or broken.any()):
+            return []
+        self._start[first], self._start_row[first] = step, len(self._history) - 1
+        self._above_run[above] += 1
         self._above_run[broken] = 0
-        opened = armed & (self._above_run >= self.rule.patience)
-        self._state[opened] = _RISING
-        for counter in (self._above_run, self._plateau_run, self._low_run):
-            counter[opened] = 0
-        self._peak_slope[opened] = 0.0
-        self._max_ema[opened] = 0.0
-        kinds: tuple[tuple[EventKind, NDArray[np.bool_]], ...] = (
+        opened = above & (self._above_run >= self.rule.patience)
+        for unit in np.flatnonzero(opened):
+            run = self._history.values[self._start_row[unit] :, unit]
+            opened[unit] = has_held(run, floor=floor[unit], rule=self.rule)
+        if opened.any():
+            self._begin(opened)
+        kinds: tuple[tuple[EventKind, Mask], ...] = (
             ("warning", first),
             ("calm", broken),
             ("opened", opened),
@@ -229,96 +268,105 @@ class WindowDetector:
             for i in np.flatnonzero(which)
         ]
 
-    def _close(
-        self, step: int, finite: NDArray[np.bool_], up: NDArray[np.float64]
-    ) -> list[WindowEvent]:
-        rule, ema = self.rule, self._smooth[self._n - 1]
+    def _begin(self, opened: Mask) -> None:
+        fresh = opened & ~self._floors.is_plateau
+        self._base_floor[fresh] = self._floors.floor[fresh]
+        self._base_sigma[fresh] = self._floors.sigma[fresh]
+        self._base_line[fresh] = self._floors.rearm[fresh]
+        self._from[:, opened] = np.stack([self._floors.floor, self._floors.up])[:, opened]
+        self._state[opened] = _RISING
+        self._above_run[opened] = self._low_run[opened] = 0
+        self._climbs.begin(opened)
+
+    def _close(self, step: int, finite: Mask) -> list[WindowEvent]:
+        rule, ema, up = self.rule, self.ema, self._floors.up
         rising = finite & (self._state == _RISING)
-        watched = rising | (finite & (self._state == _FORMED))
-        # Counted in every state: a head that jumps past the level has held it while opening.
-        self._level_run[finite] = np.where(ema >= rule.level, self._level_run + 1, 0)[finite]
+        formed = finite & (self._state == _FORMED)
+        watched = rising | formed
+        if rule.level is not None:
+            # Counted in every state: a head that jumps past the level has held it while opening.
+            held = ema >= rule.level
+            self._level_run[finite] = np.where(held, self._level_run + 1, 0)[finite]
         if not watched.any():
             return []
-        self._max_ema[rising] = np.maximum(self._max_ema, ema)[rising]
-        settled = rising & self._on_plateau(ema, up, rising)
-        low = ema < rule.rearm * up
-        for counter, among, holds in (
-            (self._plateau_run, rising, settled),
-            (self._low_run, watched, low),
-        ):
-            counter[among] = np.where(holds, counter + 1, 0)[among]
+        climbing = watched & ~(formed & self._floors.is_plateau)
+        self._climbs.take(ema, watched, step=step, floor=self._floors.floor)
+        flat = self._climbs.are_over(
+            ema, self._ema, self._history, climbing, start_row=self._start_row, floors=self._floors
+        )
+        low = ema < np.where(rising, self._floors.rearm, self._base_line)
+        self._low_run[watched] = np.where(low, self._low_run + 1, 0)[watched]
+        lapsed = watched & (self._low_run >= rule.patience)
+        at_level = rising & (self._level_run >= rule.patience)
+        if rule.level is not None:
+            at_level &= up < rule.level  # else it would close as it opens
         events = []
-        for unit in np.flatnonzero(watched):
-            reason: EndReason | None = None
-            if self._low_run[unit] >= rule.patience:
-                reason = "lapsed"
-            elif rising[unit] and self._level_run[unit] >= rule.patience:
-                reason = "level"
-            elif rising[unit] and self._plateau_run[unit] >= rule.patience:
-                reason = "plateau"
-            if reason is None:
-                continue
+        for unit in map(int, np.flatnonzero(lapsed | flat | at_level)):
+            reason: EndReason = (
+                "lapsed" if lapsed[unit] else "level" if at_level[unit] else "plateau"
+            )
+            start = int(self._start[unit])
             if rising[unit]:
-                self._end(int(unit), step, reason)
-            self._state[unit] = _LAPSED if reason == "lapsed" else _FORMED
-            self._low_run[unit] = 0
-            kind: EventKind = "lapsed" if reason == "lapsed" else "closed"
-            events.append(WindowEvent(kind, int(unit), step, int(self._start[unit]), reason))
+                self._end(unit, step, reason)
+            elif reason == "plateau":
+                self._refine_again(unit, step)
+            self._settle(unit, float(ema[unit]), reason, step)
+            if rising[unit] or reason == "lapsed":
+                kind: EventKind = "lapsed" if reason == "lapsed" else "closed"
+                events.append(WindowEvent(kind, unit, step, start, reason))
         return events
 
-    def _on_plateau(
-        self, ema: NDArray[np.float64], up: NDArray[np.float64], rising: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        """The slope is the EMA's change over a span that grows with the window (per step)."""
-        rule, now = self.rule, self._n - 1
-        age = now - self._start_row
-        span = np.minimum(np.clip(age // 2, *rule.slope_span), max(now, 1))
-        then = np.maximum(now - span, 0)
-        elapsed = np.maximum(self._steps[now] - self._steps[then], 1)
-        slope = (ema - self._smooth[then, np.arange(self.n_units)]) / elapsed
-        slope = np.where(np.isfinite(slope), slope, 0.0)
-        self._peak_slope[rising] = np.maximum(self._peak_slope, slope)[rising]
-        return np.asarray(
-            (age >= rule.slope_span[0])
-            & (slope < rule.plateau_slope * self._peak_slope)
-            & (ema >= rule.plateau_share * self._max_ema)
-            & (ema - self.floor >= rule.plateau_rise * (up - self.floor))
-        )
+    def _settle(self, unit: int, ema: float, reason: EndReason, step: int) -> None:
+        """The state that follows the end of a window, of a climb after it, or of a formed unit."""
+        self._low_run[unit] = 0
+        if reason == "lapsed" and not (
+            self._floors.is_plateau[unit] and ema >= self._base_line[unit]
+        ):
+            self._state[unit] = _LAPSED
+            self._lapsed_at[unit] = step
+            self._floors.fall_to(unit, self._base_floor[unit], self._base_sigma[unit])
+            return
+        self._state[unit] = _FORMED
+        if reason == "level":
+            self._floors.is_plateau[unit] = False  # it may still climb: see when it comes to rest
+        else:
+            self._floors.rest_at(unit, ema)
 
     def _end(self, unit: int, step: int, reason: EndReason) -> None:
-        steps, values = self._steps[: self._n], self._values[: self._n, unit]
-        start = int(self._start[unit])
-        fit = None
+        steps, values = self._curve(unit)
+        window = replace(self._open_window(unit), end=step, end_reason=reason, censored=False)
+        if reason == "plateau":
+            window = replace(window, end=plateau_end(window, steps, values, rule=self.rule))
         if reason != "lapsed":
-            fit = refine(steps.astype(np.float64), values, start=start, end=step)
-        self._ended.append(
-            Window(
-                unit_index=unit,
-                start=start,
-                end=step,
-                midpoint=round(fit.midpoint)
-                if fit
-                else halfway(steps.astype(np.float64), values, start=start, end=step),
-                refined_start=round(fit.start) if fit else None,
-                refined_end=round(fit.end) if fit else None,
-                end_reason=reason,
-                state="LAPSED" if reason == "lapsed" else "FORMED",
-                censored=False,
-                start_censored=bool(self._start_row[unit] == 0),
-            )
-        )
+            window = refined(window, steps, values, until=step)
+        if window.refined_midpoint is None:
+            assert window.end is not None
+            middle = halfway(steps, values, start=window.start, end=window.end)
+        else:
+            middle = min(max(window.refined_midpoint, window.start), window.end or step)
+        self._ended.append(replace(window, midpoint=middle))
+
+    def _refine_again(self, unit: int, step: int) -> None:
+        """A window that closed at the level, now that the unit has come to rest."""
+        place = max(i for i, w in enumerate(self._ended) if w.unit_index == unit)
+        steps, values = self._curve(unit)
+        self._ended[place] = refined(self._ended[place], steps, values, until=step)
+
+    def _curve(self, unit: int) -> tuple[Floats, Floats]:
+        values = self._history.values[:, unit].astype(np.float64)
+        return self._history.steps.astype(np.float64), values
 
     # -- state --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The history as lists of numbers, from which everything else follows."""
         return {
-            "schema_version": 1,
+            "schema_version": 2,
             "n_units": self.n_units,
             "floor": self.chance.tolist(),
             "rule": self.rule.settings(),
-            "steps": self._steps[: self._n].tolist(),
-            "values": self._values[: self._n].reshape(-1).tolist(),
+            "steps": self._history.steps.tolist(),
+            "values": self._history.values.reshape(-1).tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -335,12 +383,12 @@ class WindowDetector:
                     "restore it with the settings it was saved with"
                 )
         self._clear()
-        values = np.asarray(state["values"], np.float64).reshape(-1, self.n_units)
+        values = np.asarray(state["values"], np.float32).reshape(-1, self.n_units)
         replay(self, state["steps"], values)
 
 
 def replay(
-    detector: WindowDetector, steps: Sequence[int], values: NDArray[np.float64]
+    detector: WindowDetector, steps: Sequence[int], values: NDArray[np.floating[Any]]
 ) -> list[WindowEvent]:
     """Feed recorded evaluations, [n] steps and [n, n_units] values; return all events."""
     events: list[WindowEvent] = []

@@ -14,6 +14,8 @@ Array = NDArray[np.float64]
 # A logistic passes 10% and 90% of its rise ln(9) widths before and after its midpoint.
 _WIDTHS_TO_TEN_PERCENT = float(np.log(9.0))
 _MINIMUM_POINTS = 8
+_NORMAL_95 = 1.96
+_FAR = 1e15  # steps; an interval that says nothing is not infinite, which JSON has no word for
 _MINIMUM_R2 = 0.8
 
 
@@ -29,10 +31,20 @@ class Refinement:
     low: float
     high: float
     r2: float
+    midpoint_interval: tuple[int, int]
+    """95% interval of the midpoint, in whole steps. Residuals that follow each other count for as
+    many independent ones as an AR(1) process of their lag-1 correlation has."""
 
 
 def _logistic(step: Array, low: float, rise: float, midpoint: float, width: float) -> Array:
     return low + rise / (1.0 + np.exp(-np.clip((step - midpoint) / width, -500.0, 500.0)))
+
+
+def _jacobian(step: Array, low: float, rise: float, midpoint: float, width: float) -> Array:
+    z = np.clip((step - midpoint) / width, -500.0, 500.0)
+    share = 1.0 / (1.0 + np.exp(-z))
+    slope = rise * share * (1.0 - share) / width
+    return np.stack([np.ones_like(share), share, -slope, -slope * z], axis=1)
 
 
 def refine(steps: Array, values: Array, *, start: int, end: int) -> Refinement | None:
@@ -61,22 +73,29 @@ def refine(steps: Array, values: Array, *, start: int, end: int) -> Refinement |
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OptimizeWarning)
-            fitted, _ = curve_fit(_logistic, x, y, p0=first_guess, bounds=(lower, upper))
+            fitted, covariance = curve_fit(
+                _logistic, x, y, p0=first_guess, bounds=(lower, upper), jac=_jacobian
+            )
     except RuntimeError:  # scipy's word for "no convergence"
         return None
     low, rise, midpoint, width = (float(p) for p in fitted)
-    residual = float(np.sum((y - _logistic(x, low, rise, midpoint, width)) ** 2))
-    r2 = 1.0 - residual / float(np.sum((y - y.mean()) ** 2))
+    residuals = y - _logistic(x, low, rise, midpoint, width)
+    r2 = 1.0 - float(residuals @ residuals) / float(np.sum((y - y.mean()) ** 2))
     if r2 < _MINIMUM_R2 or not start <= midpoint <= end:
         return None
     reach = _WIDTHS_TO_TEN_PERCENT * width
-    return Refinement(midpoint - reach, midpoint, midpoint + reach, low, low + rise, r2)
+    margin = _NORMAL_95 * float(np.sqrt(covariance[2, 2])) * _inflation(residuals)
+    interval = _whole(midpoint - margin), _whole(midpoint + margin)
+    return Refinement(midpoint - reach, midpoint, midpoint + reach, low, low + rise, r2, interval)
 
 
-def halfway(steps: Array, values: Array, *, start: int, end: int) -> int:
-    """The first step in [start, end] whose value is halfway between the window's two ends."""
-    inside = np.isfinite(values) & (steps >= start) & (steps <= end)
-    x, y = steps[inside], values[inside]
-    if len(x) == 0:
-        return (start + end) // 2
-    return int(x[np.argmax(y >= (y[0] + y[-1]) / 2)])
+def _inflation(residuals: Array) -> float:
+    """By how much an AR(1) process widens a standard error that was taken for white noise."""
+    power = float(residuals @ residuals)
+    rho = float(residuals[1:] @ residuals[:-1]) / power if power > 0.0 else 0.0
+    rho = min(max(rho, 0.0), 0.99)
+    return float(np.sqrt((1.0 + rho) / (1.0 - rho)))
+
+
+def _whole(step: float) -> int:
+    return round(min(max(step, -_FAR), _FAR))

@@ -1,45 +1,76 @@
-"""Which head's window is the mechanism's, and which checkpoints it needs: no Trainer in here."""
+"""Which unit's window is the mechanism's, and which checkpoints it needs: no Trainer in here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
-from mda_lightning.units import Head
 from mda_lightning.window.detector import WindowDetector
 from mda_lightning.window.rule import Window, WindowEvent, WindowRule
 
 Phase = Literal["before", "warned", "open", "closed"]
 Edge = Literal["start", "mid", "end"]
+U = TypeVar("U", bound=Hashable)
 
 
-class MechanismWindow:
-    """Follow all heads of a mechanism and decide when *its* window is over.
+class MechanismWindow(Generic[U]):
+    """Follow all units of a mechanism and decide when *its* window is over.
 
-    The mechanism's window is that of its target: the head named, or in retrospect the head that is
-    highest (smoothed) when its own window has closed.
+    Without names, the mechanism's window is that of the unit that is highest (smoothed) when its
+    own window has closed: at the level at once, on a plateau below it when no other unit is rising
+    any more. The targets are the ``k`` highest of those that rise or have formed then. With names,
+    the window lasts from the first start to the last end of the units named, and is over when all
+    of theirs are.
 
     Args:
-        heads: the units, in the order of the values.
+        units: in the order of the values; heads, or anything else with a name.
         chance: the metric's chance value.
-        target: the head named, or None.
+        targets: how many, or the units themselves.
         rule: thresholds.
+
+    Raises:
+        ValueError: no target, or one that is not among the units.
     """
 
     def __init__(
-        self, heads: Sequence[Head], *, chance: float, target: Head | None, rule: WindowRule
+        self,
+        units: Sequence[U],
+        *,
+        chance: ArrayLike,
+        targets: int | Sequence[U] = 1,
+        rule: WindowRule | None = None,
     ) -> None:
-        self.heads = list(heads)
-        self.detector = WindowDetector(len(self.heads), floor=chance, rule=rule)
-        self.watched = list(range(len(heads))) if target is None else [self.heads.index(target)]
+        self.units = list(units)
+        self.detector = WindowDetector(len(self.units), floor=chance, rule=rule)
+        self.n_targets = targets if isinstance(targets, int) else len(targets)
+        if self.n_targets < 1:
+            raise ValueError(f"targets={targets}: at least one unit, by number or by name")
+        self.named: list[int] | None = None
+        if not isinstance(targets, int):
+            strangers = [unit for unit in targets if unit not in self.units]
+            if strangers:
+                raise ValueError(
+                    f"{strangers[0]} is not among the {len(self.units)} units, "
+                    f"{self.units[0]} to {self.units[-1]}"
+                )
+            self.named = [self.units.index(unit) for unit in targets]
+        self.watched = self.named or list(range(len(self.units)))
+        self._mask = np.array(self.watched)
+        self.handovers: list[WindowEvent] = []
+        self._clear()
+
+    def _clear(self) -> None:
         self.phase: Phase = "before"
         self.asks = False
-        """Whether a watched head is warned of a window or in one, and its newest value is finite:
-        of one that is not, measuring more often would say nothing."""
-        self._closed: tuple[int, int] | None = None  # unit, step
+        """Whether a unit watched is about to rise or rises, and its newest value is finite: of one
+        that is not, measuring more often would say nothing."""
+        self._closed_at: int | None = None
+        self._chosen: list[tuple[int, int]] = []  # (unit, start) of the targets, the first leads
+        self.handovers.clear()
 
     @property
     def last_step(self) -> int:
@@ -48,66 +79,113 @@ class MechanismWindow:
 
     @property
     def closed_at(self) -> int | None:
-        """The step at which the mechanism's window was over."""
-        return None if self._closed is None else self._closed[1]
+        """The step at which the mechanism's window was known to be over."""
+        return self._closed_at
 
     @property
-    def window(self) -> tuple[Head, Window] | None:
-        """The target and its window: closed, else open, else the last that lapsed."""
-        windows = [w for w in self.detector.windows() if w.unit_index in self.watched]
-        if self._closed is not None:
-            windows = [w for w in windows if (w.unit_index, w.end) == self._closed]
-        if not windows:
-            return None
-        ema = self.detector.ema
-        best = max(windows, key=lambda w: (w.censored, float(ema[w.unit_index]), w.start))
-        return self.heads[best.unit_index], best
+    def targets(self) -> list[tuple[U, Window]]:
+        """The targets that have risen and their windows, the leading one first.
 
-    def update(self, step: int, values: NDArray[np.float32]) -> list[WindowEvent]:
-        """Take one evaluation [L, H]; returns what it changed for the watched heads."""
+        Once the window is over they stay; before, they are the likeliest so far. The last windows
+        of units that lapsed where there is no other.
+        """
+        chosen = self._chosen or self._likely()
+        windows = {(w.unit_index, w.start): w for w in self.detector.windows()}
+        return [(self.units[unit], windows[unit, start]) for unit, start in chosen]
+
+    @property
+    def window(self) -> tuple[U, Window] | None:
+        """The leading target and the mechanism's window."""
+        targets = self.targets
+        if not targets:
+            return None
+        unit, window = targets[0]
+        if self.named is None or len(targets) == 1:
+            return unit, window
+        windows = [one for _, one in targets]
+        ends = [one.end for one in windows if one.end is not None]
+        over = self._closed_at is not None
+        return unit, replace(
+            window,
+            start=min(one.start for one in windows),
+            end=max(ends) if over else None,
+            midpoint=window.midpoint if over else None,
+            censored=not over,
+            start_censored=any(one.start_censored for one in windows),
+        )
+
+    def update(self, step: int, values: ArrayLike) -> list[WindowEvent]:
+        """Take one evaluation, one value a unit; returns what it changed for the units watched."""
         events = self.detector.update(step, values)
-        if self._closed is None:
-            self._closed = self._find_closed()
+        watched = set(self.watched)
+        self.handovers += [e for e in events if e.kind == "handed_over"]
+        if self._closed_at is None:
+            if self._is_over():
+                self._chosen, self._closed_at = self._likely(), step
             self._settle()
-        return [event for event in events if event.unit_index in self.watched]
+        return [e for e in events if e.unit_index in watched or e.to_index in watched]
 
-    def _find_closed(self) -> tuple[int, int] | None:
-        states, ema = self.detector.states, self.detector.ema
-        risen = [i for i in self.watched if states[i] in ("RISING", "FORMED")]
-        if not risen:
-            return None
-        top = max(risen, key=lambda i: float(ema[i]))
-        if states[top] != "FORMED":
-            return None
-        ends = [w.end for w in self.detector.windows() if w.unit_index == top]
-        return next((top, end) for end in reversed(ends) if end is not None)
+    def _is_over(self) -> bool:
+        rising, formed = (mask[self._mask] for mask in (self.detector.rising, self.detector.formed))
+        if self.named is not None:
+            return bool(formed.all())
+        risen = rising | formed
+        if not risen.any():
+            return False
+        ema = np.where(risen, self.detector.ema[self._mask], -np.inf)
+        top = int(ema.argmax())
+        if not formed[top]:
+            return False
+        level = self.detector.rule.level
+        return (level is not None and ema[top] >= level) or not rising.any()
+
+    def _likely(self) -> list[tuple[int, int]]:
+        """(unit, start) of at most ``n_targets`` windows, one a unit, the highest unit first."""
+        ema, states = self.detector.ema, self.detector.states
+        last: dict[int, Window] = {}
+        for window in self.detector.windows():  # by start
+            if window.unit_index in self.watched:
+                former = last.get(window.unit_index)
+                if former is None or not _is_kept(former, window):
+                    last[window.unit_index] = window
+        risen = {i: w for i, w in last.items() if states[i] in ("RISING", "FORMED")}
+        among = risen or last
+        ranked = sorted(among.values(), key=lambda w: (-float(ema[w.unit_index]), w.start))
+        return [(w.unit_index, w.start) for w in ranked[: self.n_targets]]
 
     def _settle(self) -> None:
-        self.phase = self._find_phase()
-        self.asks = False
-        if self.phase in ("warned", "open"):
-            states = self.detector.states
-            rising = {i for i in self.watched if states[i] == "RISING"}
-            waiting = self.detector.warned_since().keys() & set(self.watched)
-            self.asks = bool(np.isfinite(self.detector.newest[list(rising | waiting)]).any())
+        self.phase, self.asks = "before", False
+        if self._closed_at is not None:
+            self.phase = "closed"
+            return
+        rising, formed = (mask[self._mask] for mask in (self.detector.rising, self.detector.formed))
+        warned = self.detector.warned[self._mask]
+        if rising.any() or formed.any():
+            self.phase = "open"
+        elif warned.any():
+            self.phase = "warned"
+        moving = rising | warned | self.detector.stirring[self._mask]
+        self.asks = bool(np.isfinite(self.detector.newest[self._mask][moving]).any())
 
-    def _find_phase(self) -> Phase:
-        if self._closed is not None:
-            return "closed"
-        states = self.detector.states
-        if any(states[i] == "RISING" for i in self.watched):
-            return "open"
-        return "warned" if self.detector.warned_since().keys() & set(self.watched) else "before"
-
-    def starts(self) -> list[int]:
-        """Starts of the windows that may become the target's, the most likely first."""
+    def wanted(self) -> list[int]:
+        """Steps of which a checkpoint may turn out to be wanted, the most wanted first: starts of
+        the windows that may become the mechanism's, the likeliest first, and then their ends."""
         ema, states = self.detector.ema, self.detector.states
-        found = dict(self.detector.warned_since())
-        for window in self.detector.windows():
-            if window.censored or states[window.unit_index] == "FORMED":
-                found[window.unit_index] = window.start
-        likely = sorted(found.keys() & set(self.watched), key=lambda i: -float(ema[i]))
-        return [found[i] for i in likely]
+        starts: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        for window in self.detector.windows():  # by start: a unit's latest counts
+            unit = window.unit_index
+            if window.end is None or states[unit] == "FORMED":
+                starts[unit] = window.start
+                if window.end is not None:
+                    ends[unit] = window.end
+        warned = self.detector.warned_since()
+        likely = sorted(
+            (starts.keys() | warned.keys()) & set(self.watched), key=lambda i: -float(ema[i])
+        )
+        wanted = [starts.get(i, warned.get(i, 0)) for i in likely]
+        wanted += [warned[i] for i in likely if i in warned and i in starts]
+        return wanted + [ends[i] for i in likely if i in ends]
 
     def edges(self, steps: Sequence[int]) -> dict[Edge, int]:
         """Of checkpoints at ``steps``, those of the window's start, midpoint and end.
@@ -123,21 +201,28 @@ class MechanismWindow:
         before = [s for s in steps if s <= window.start]
         if before:
             edges["start"] = max(before)
-        if window.end is not None and self._closed is not None:
-            middle = window.start if window.midpoint is None else window.midpoint
-            edges["mid"] = min(steps, key=lambda s: (abs(s - middle), s))
-            edges["end"] = min(steps, key=lambda s: (abs(s - (window.end or 0)), s))
+        if window.end is not None and self._closed_at is not None:
+            end, middle = window.end, window.midpoint
+            edges["mid"] = min(steps, key=lambda s: (abs(s - (middle or window.start)), s))
+            edges["end"] = min(steps, key=lambda s: (abs(s - end), s))
         return edges
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, lists and one tensor: cheaper to save than as many numbers in a list."""
-        state = self.detector.state_dict()
-        return {"detector": state, "closed": None if self._closed is None else list(self._closed)}
+        """The detector's history: everything else follows from it."""
+        return self.detector.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; raises ValueError when it is of other heads or another rule."""
-        saved = state["detector"]
-        self.detector.load_state_dict(saved)
-        closed = state["closed"]
-        self._closed = None if closed is None else (int(closed[0]), int(closed[1]))
-        self._settle()
+        """Take up a saved history; raises ValueError when it is of other units or another rule."""
+        self.detector.load_state_dict({**state, "steps": [], "values": []})
+        self._clear()
+        values = np.asarray(state["values"], np.float32).reshape(-1, len(self.units))
+        for step, row in zip(state["steps"], values, strict=True):
+            self.update(int(step), row)
+
+
+def _is_kept(former: Window, later: Window) -> bool:
+    """Of two windows of one unit, whether the former stays the one that counts.
+
+    A lapse gives way to the rise that follows. After a rest the higher rise is the later one.
+    """
+    return former.end_reason not in ("lapsed", "plateau") and later.end_reason == "lapsed"

@@ -1,0 +1,136 @@
+"""The floor that a curve rises from, and how far above it a rise begins; vectorised over units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mda_lightning.window.rule import WindowRule
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+
+
+class Floors:
+    """Median and scaled MAD of the early evaluations of every unit, and the thresholds they give.
+
+    A value counts once ``guard`` later evaluations have shown no rise: a unit that begins to rise
+    at once would else raise its own threshold. Until ``patience`` values count, the floor is the
+    metric's chance value.
+
+    Args:
+        chance: [n_units] the metric's chance value.
+        rule: thresholds.
+
+    Attributes:
+        floor, sigma: [n_units].
+        up: [n_units] the value above which a rise begins.
+        is_plateau: [n_units] whether the unit has formed, and ``floor`` is the level it rests at.
+    """
+
+    def __init__(self, chance: Floats, rule: WindowRule) -> None:
+        n = len(chance)
+        self.rule = rule
+        self.chance = chance
+        self.floor = chance.copy()
+        self.sigma = np.full(n, rule.minimum_sigma)
+        self.is_plateau = np.zeros(n, np.bool_)
+        self._kept = np.full((rule.n_early, n), np.nan)
+        self._n_kept = np.zeros(n, np.int64)
+        self._waiting = np.full((rule.guard, n), np.nan)  # the last values, the oldest at _oldest
+        self._oldest = 0
+        # Medians are taken when the count has grown by half: a few times in a run, not every time.
+        counts, count = set(), rule.patience
+        while count < rule.n_early:
+            counts.add(count)
+            count += max(1, count // 2)
+        self._learns_at = np.isin(np.arange(rule.n_early + 1), [*counts, rule.n_early])
+        self.up = np.zeros(n)
+        self._update_up(np.arange(n))
+
+    def _update_up(self, units: NDArray[np.int64]) -> None:
+        rule, floor = self.rule, self.floor[units]
+        noise = floor + rule.n_sigma * self.sigma[units]
+        least = np.where(self.is_plateau[units], floor + rule.minimum_rise, rule.minimum_up)
+        self.up[units] = np.maximum(least, noise)
+
+    @property
+    def is_learned(self) -> Mask:
+        """[n_units] whether the floor is more than the chance value it began from."""
+        return np.asarray(self._n_kept >= self.rule.patience)
+
+    @property
+    def half(self) -> Floats:
+        """[n_units] halfway from the floor to the threshold."""
+        return (self.floor + self.up) / 2
+
+    @property
+    def rearm(self) -> Floats:
+        """[n_units] the line below which a rise has been lost."""
+        # A share of a threshold says something of metrics above 0 only.
+        share = np.where(self.up > 0.0, self.rule.rearm * self.up, -np.inf)
+        return np.maximum(share, self.half)
+
+    def take(self, values: Floats, calm: Mask) -> None:
+        """Take one evaluation [n_units].
+
+        Args:
+            values: what is not finite counts nowhere.
+            calm: units that show no rise: the value that has waited longest counts.
+        """
+        ripe = self._waiting[self._oldest].copy()
+        self._waiting[self._oldest] = values
+        self._oldest = (self._oldest + 1) % self.rule.guard
+        counted = calm & np.isfinite(ripe) & (self._n_kept < self.rule.n_early)
+        if not counted.any():
+            return
+        units = np.flatnonzero(counted)
+        self._kept[self._n_kept[units], units] = ripe[units]
+        self._n_kept[units] += 1
+        units = units[self._learns_at[self._n_kept[units]]]
+        if len(units) == 0:
+            return
+        kept = self._kept[:, units]
+        median = np.nanmedian(kept, axis=0)
+        mad = np.nanmedian(np.abs(kept - median), axis=0)
+        is_plateau = self.is_plateau[units]
+        self.floor[units] = np.where(is_plateau, median, np.maximum(self.chance[units], median))
+        self.sigma[units] = np.maximum(self.rule.minimum_sigma, _MAD_TO_SIGMA * mad)
+        self._update_up(units)
+
+    def rest_at(self, unit: int, level: float) -> None:
+        """The unit has formed: learn the level at which it rests, beginning from ``level``."""
+        self._forget(unit)
+        self.is_plateau[unit] = True
+        self.floor[unit] = level
+        self._update_up(np.array([unit]))
+
+    def fall_to(self, unit: int, floor: float, sigma: float) -> None:
+        """The unit has lapsed: what counts is the floor it once rose from."""
+        self._forget(unit)
+        self.is_plateau[unit] = False
+        self.floor[unit], self.sigma[unit] = floor, sigma
+        self._n_kept[unit] = self.rule.n_early  # known already
+        self._update_up(np.array([unit]))
+
+    def _forget(self, unit: int) -> None:
+        self._waiting[:, unit] = np.nan
+        self._kept[:, unit] = np.nan
+        self._n_kept[unit] = 0
+
+
+def has_held(run: NDArray[np.floating[Any]], *, floor: float, rule: WindowRule) -> bool:
+    """Whether values above the threshold have not fallen off, as those of a spike do.
+
+    Args:
+        run: [n] consecutive values above the threshold, and what was not finite between them.
+        floor: what the unit rises from.
+        rule: ``hold`` is the share of the run's peak that its last values must have.
+    """
+    above = run[np.isfinite(run)].astype(np.float64) - floor
+    lately = min(float(np.mean(above[-2:])), float(np.median(above[-rule.patience :])))
+    return lately >= rule.hold * float(above.max())
