@@ -12,6 +12,7 @@ from mda_lightning import __version__
 from mda_lightning.cli.monitor import add_monitor
 from mda_lightning.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from mda_lightning.cli.studies import add_data, add_quickstart, add_report
+from mda_lightning.cli.window import add_window
 
 __all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_USAGE", "main"]
 
@@ -30,6 +31,8 @@ examples:
   mda-lightning report runs/quickstart          build the report again
   mda-lightning monitor EleutherAI/pythia-70m@step512,step1000,step2000
                                                 every head at saved or hub checkpoints
+  mda-lightning window runs/mine/unit_metrics.parquet
+                                                when each head formed, from a recorded table
 
 exit codes: 0 done, 1 an error that the message names, 2 wrong usage, 130 interrupted
 """
@@ -69,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_report(commands)
     add_monitor(commands)
+    add_window(commands)
     return parser
 
 
