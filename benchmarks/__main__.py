@@ -11,6 +11,7 @@ import torch
 from benchmarks.ablation_speed import ablation
 from benchmarks.monitoring_costs import memory, pythia, quickstart
 from benchmarks.quickstart_costs import in_run, replay
+from benchmarks.window_simulation import cost, simulated
 
 BENCHMARKS = {
     "ablation": ablation,
@@ -19,6 +20,8 @@ BENCHMARKS = {
     "monitoring-memory": memory,
     "replay": replay,
     "in-run": in_run,
+    "window-simulated": simulated,
+    "window-cost": cost,
 }
 
 

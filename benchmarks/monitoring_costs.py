@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import GPTNeoXForCausalLM
 
 from benchmarks.interleaved import Timing, interleaved, ratio
 from benchmarks.models import pythia_14m
@@ -42,13 +43,9 @@ def _random_rows(n: int, length: int, vocabulary: int) -> Tensor:
     return torch.randint(2, vocabulary, (n, length), generator=generator)
 
 
-def pythia(rounds: int) -> Rows:
-    """Pythia-14M's shape: measurements against a step of 2.1M tokens.
-
-    The step is too long to run: its time is that of forward and backward of one sequence of 2,048
-    tokens, times 1,024. The optimizer's update is left out, which makes the share greater.
-    """
-    model = pythia_14m()
+def pythia_step(model: GPTNeoXForCausalLM | None = None) -> tuple[Callable[[], None], float]:
+    """Forward and backward of one sequence of 2,048 tokens, and which part of a step that is."""
+    model = model or pythia_14m()
     tokens = _random_rows(1, _CONTEXT + 1, 50_000)
 
     def train() -> None:
@@ -56,6 +53,18 @@ def pythia(rounds: int) -> Rows:
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         weighted_loss(sequence_losses(logits, tokens[:, 1:]), None, normalize="batch").backward()
         model.zero_grad(set_to_none=True)
+
+    return train, _CONTEXT / _TOKENS_A_STEP
+
+
+def pythia(rounds: int) -> Rows:
+    """Pythia-14M's shape: measurements against a step of 2.1M tokens.
+
+    The step is too long to run: its time is that of forward and backward of one sequence of 2,048
+    tokens, times 1,024. The optimizer's update is left out, which makes the share greater.
+    """
+    model = pythia_14m()
+    train, a_step = pythia_step(model)
 
     measures = {
         "induction": measure("induction"),
@@ -71,7 +80,7 @@ def pythia(rounds: int) -> Rows:
     timings = interleaved(
         {"train": train, **{name: partial(take, name) for name in measures}}, rounds=rounds
     )
-    step = _scaled(timings["train"], _TOKENS_A_STEP / _CONTEXT)
+    step = _scaled(timings["train"], 1 / a_step)
     for name in measures:
         median, low, high = ratio(timings[name], step)
         yield f"{name}, one measurement / one step, in %", (100 * median, 100 * low, 100 * high)

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mda_lightning.window.climb import Climbs
 from mda_lightning.window.ending import halfway, plateau_end, refined
-from mda_lightning.window.floor import Floors, has_held
+from mda_lightning.window.floor import Floors, has_held, last_above
 from mda_lightning.window.handover import hand_overs
 from mda_lightning.window.history import History
 from mda_lightning.window.rule import (
@@ -255,16 +255,16 @@ class WindowDetector:
         for unit in np.flatnonzero(opened):
             run = self._history.values[self._start_row[unit] :, unit]
             opened[unit] = has_held(run, floor=floor[unit], rule=self.rule)
+        for unit in np.flatnonzero(opened & self._floors.is_plateau):
+            row = last_above(self._history.values[:, unit], self._floors.half[unit], self.rule)
+            row = max(row, int(self._start_row[unit]) - self.rule.n_early)
+            self._start_row[unit], self._start[unit] = row, self._history.steps[row]
         if opened.any():
             self._begin(opened)
-        kinds: tuple[tuple[EventKind, Mask], ...] = (
-            ("warning", first),
-            ("calm", broken),
-            ("opened", opened),
-        )
+        kinds: dict[EventKind, Mask] = {"warning": first, "calm": broken, "opened": opened}
         return [
             WindowEvent(kind, int(i), step, int(self._start[i]))
-            for kind, which in kinds
+            for kind, which in kinds.items()
             for i in np.flatnonzero(which)
         ]
 
@@ -299,7 +299,9 @@ class WindowDetector:
         lapsed = watched & (self._low_run >= rule.patience)
         at_level = rising & (self._level_run >= rule.patience)
         if rule.level is not None:
-            at_level &= up < rule.level  # else it would close as it opens
+            # A level that is hardly above the threshold would close a window as it opens.
+            floor = self._floors.floor
+            at_level &= rule.level >= floor + rule.plateau_rise * (up - floor)
         events = []
         for unit in map(int, np.flatnonzero(lapsed | flat | at_level)):
             reason: EndReason = (

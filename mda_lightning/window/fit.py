@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -32,8 +33,8 @@ class Refinement:
     high: float
     r2: float
     midpoint_interval: tuple[int, int]
-    """95% interval of the midpoint, in whole steps. Residuals that follow each other count for as
-    many independent ones as an AR(1) process of their lag-1 correlation has."""
+    """Nominal 95% interval of the midpoint, in whole steps. Residuals that follow each other count
+    for as many independent ones as an AR(1) process of their lag-1 correlation has."""
 
 
 def _logistic(step: Array, low: float, rise: float, midpoint: float, width: float) -> Array:
@@ -85,7 +86,7 @@ def refine(steps: Array, values: Array, *, start: int, end: int) -> Refinement |
         return None
     reach = _WIDTHS_TO_TEN_PERCENT * width
     margin = _NORMAL_95 * float(np.sqrt(covariance[2, 2])) * _inflation(residuals)
-    interval = _whole(midpoint - margin), _whole(midpoint + margin)
+    interval = math.floor(_near(midpoint - margin)), math.ceil(_near(midpoint + margin))
     return Refinement(midpoint - reach, midpoint, midpoint + reach, low, low + rise, r2, interval)
 
 
@@ -93,9 +94,10 @@ def _inflation(residuals: Array) -> float:
     """By how much an AR(1) process widens a standard error that was taken for white noise."""
     power = float(residuals @ residuals)
     rho = float(residuals[1:] @ residuals[:-1]) / power if power > 0.0 else 0.0
+    rho += (1.0 + 4.0 * rho) / len(residuals)  # a short curve's correlation comes out too low
     rho = min(max(rho, 0.0), 0.99)
     return float(np.sqrt((1.0 + rho) / (1.0 - rho)))
 
 
-def _whole(step: float) -> int:
-    return round(min(max(step, -_FAR), _FAR))
+def _near(step: float) -> float:
+    return min(max(step, -_FAR), _FAR)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 
 from mda_lightning.window.rule import WindowRule
 
@@ -13,14 +15,16 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
+_LONGEST_LAG = 20
 
 
 class Floors:
-    """Median and scaled MAD of the early evaluations of every unit, and the thresholds they give.
+    """Median and noise of the early evaluations of every unit, and the thresholds they give.
 
     A value counts once ``guard`` later evaluations have shown no rise: a unit that begins to rise
     at once would else raise its own threshold. Until ``patience`` values count, the floor is the
-    metric's chance value.
+    metric's chance value. Of a unit that has formed the last ``n_early`` values count, not the
+    first ones: what creeps on from a plateau is no rise.
 
     Args:
         chance: [n_units] the metric's chance value.
@@ -44,11 +48,11 @@ class Floors:
         self._waiting = np.full((rule.guard, n), np.nan)  # the last values, the oldest at _oldest
         self._oldest = 0
         # Medians are taken when the count has grown by half: a few times in a run, not every time.
-        counts, count = set(), rule.patience
+        counts, count = {rule.n_early}, rule.patience
         while count < rule.n_early:
             counts.add(count)
             count += max(1, count // 2)
-        self._learns_at = np.isin(np.arange(rule.n_early + 1), [*counts, rule.n_early])
+        self._learns_at = np.isin(np.arange(rule.n_early + 1), list(counts))
         self.up = np.zeros(n)
         self._update_up(np.arange(n))
 
@@ -85,22 +89,30 @@ class Floors:
         ripe = self._waiting[self._oldest].copy()
         self._waiting[self._oldest] = values
         self._oldest = (self._oldest + 1) % self.rule.guard
-        counted = calm & np.isfinite(ripe) & (self._n_kept < self.rule.n_early)
+        n_early = self.rule.n_early
+        counted = calm & np.isfinite(ripe) & (self.is_plateau | (self._n_kept < n_early))
         if not counted.any():
             return
         units = np.flatnonzero(counted)
-        self._kept[self._n_kept[units], units] = ripe[units]
+        self._kept[self._n_kept[units] % n_early, units] = ripe[units]
         self._n_kept[units] += 1
-        units = units[self._learns_at[self._n_kept[units]]]
+        counts = self._n_kept[units]
+        again = (counts > n_early) & (counts % max(n_early // 4, 1) == 0)
+        units = units[self._learns_at[np.minimum(counts, n_early)] & ((counts <= n_early) | again)]
         if len(units) == 0:
             return
         kept = self._kept[:, units]
         median = np.nanmedian(kept, axis=0)
-        mad = np.nanmedian(np.abs(kept - median), axis=0)
+        sigma = np.array([noise(self._in_order(unit)) for unit in units])
         is_plateau = self.is_plateau[units]
         self.floor[units] = np.where(is_plateau, median, np.maximum(self.chance[units], median))
-        self.sigma[units] = np.maximum(self.rule.minimum_sigma, _MAD_TO_SIGMA * mad)
+        self.sigma[units] = np.maximum(self.rule.minimum_sigma, sigma)
         self._update_up(units)
+
+    def _in_order(self, unit: int) -> Floats:
+        count, n_early = int(self._n_kept[unit]), self.rule.n_early
+        kept = self._kept[: min(count, n_early), unit]
+        return np.asarray(np.roll(kept, -(count % n_early)) if count > n_early else kept)
 
     def rest_at(self, unit: int, level: float) -> None:
         """The unit has formed: learn the level at which it rests, beginning from ``level``."""
@@ -123,6 +135,21 @@ class Floors:
         self._n_kept[unit] = 0
 
 
+def noise(values: Floats) -> float:
+    """The standard deviation of a curve about its trend, from the scaled MAD of its differences.
+
+    Differences over up to 20 evaluations, so that noise that outlasts an evaluation counts, and a
+    trend does not: most heads fall away from uniform attention while the floor is being learned.
+
+    Args:
+        values: [n] in order, finite.
+    """
+    lag = min(_LONGEST_LAG, len(values) // 2)
+    changes = values[lag:] - values[: len(values) - lag]
+    mad = float(np.median(np.abs(changes - np.median(changes))))
+    return _MAD_TO_SIGMA * mad / math.sqrt(2.0)
+
+
 def has_held(run: NDArray[np.floating[Any]], *, floor: float, rule: WindowRule) -> bool:
     """Whether values above the threshold have not fallen off, as those of a spike do.
 
@@ -134,3 +161,18 @@ def has_held(run: NDArray[np.floating[Any]], *, floor: float, rule: WindowRule) 
     above = run[np.isfinite(run)].astype(np.float64) - floor
     lately = min(float(np.mean(above[-2:])), float(np.median(above[-rule.patience :])))
     return lately >= rule.hold * float(above.max())
+
+
+def last_above(values: NDArray[np.floating[Any]], line: float, rule: WindowRule) -> int:
+    """Since when the smoothed values have been above ``line``: an index into ``values`` [n].
+
+    A unit that rises again from a level at which its noise is large passes its threshold late.
+    """
+    weight = rule.smoothing
+    finite = np.flatnonzero(np.isfinite(values))
+    y = values[finite].astype(np.float64)
+    initial = [(1.0 - weight) * y[0]]
+    smooth, _ = lfilter([weight], [1.0, weight - 1.0], y, zi=initial)
+    below = np.flatnonzero(smooth <= line)
+    since = int(below[-1]) + 1 if len(below) else 0
+    return int(finite[min(since, len(finite) - 1)])
