@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mda_lightning.analysis.figures.style import LIGHT
+from mda_lightning.files import atomic_path
 from mda_lightning.window import MechanismWindow, Window
 
 CURVES = Path(__file__).with_name("window_curves.parquet")
@@ -208,7 +211,10 @@ def main() -> int:
     options = parser.parse_args()
     found = panels()
     print("\n".join(rows(found)))
-    draw(found).savefig(options.figure, dpi=80)
+    drawn = io.BytesIO()
+    draw(found).savefig(drawn, dpi=80)
+    with atomic_path(options.figure) as part:
+        Image.open(drawn).convert("RGB").quantize(64).save(part, format="PNG", optimize=True)
     return 0
 
 

@@ -75,7 +75,7 @@ class InfluenceScoring(pl.Callback):
         estimator: see above.
         active: when in-run scoring is on: inside the window that CriticalWindow announces, from its
             first warning on; always; or in steps [first, last).
-        units: heads such as ``["L1H2"]``, "all", or "target": the head whose window it is (replay).
+        units: heads such as ``["L1H2"]``, "all", or "target": the window's own targets (replay).
         refresh_every: steps between refreshes of curvature and probe gradient (in_run).
         n_curvature: sequences that the curvature is estimated on.
         curvature: "ekfac", or "identity" for the plain dot product with ∇f.
@@ -365,9 +365,9 @@ class InfluenceScoring(pl.Callback):
             warn_of_nothing("the run has no window with checkpoints", "window.json says why")
             self._done = True
             return
-        unit, window = found
+        window = found[1]
         if self._only_target:
-            self._units = [unit]
+            self._units = [one for one, _ in self._window.target_windows]
         end = trainer.global_step if window.end is None else window.end
         source: Any = trainer.datamodule  # type: ignore[attr-defined]
         with probe_scope(self._model):
