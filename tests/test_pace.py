@@ -62,6 +62,22 @@ def test_a_slow_drift_counts_over_the_look_back_and_a_slower_one_does_not() -> N
     assert set(np.diff(simulated(Pace(DENSE, QUIET), drift(0.0003), 300))) == {QUIET}
 
 
+def test_a_score_that_wobbles_about_its_level_is_at_rest() -> None:
+    """Formed heads wobble by more than the tolerance for the rest of a run."""
+    wobble = 0.5 + 0.02 * np.random.default_rng(0).normal(size=4000)
+
+    def scores(step: int) -> np.ndarray:
+        return wobble[step : step + 1]
+
+    def rising(step: int) -> np.ndarray:
+        return scores(step) + max(step - 1500, 0) * 0.005
+
+    steps = np.array(simulated(Pace(DENSE, QUIET), scores, 3000))
+    assert np.mean(np.diff(steps) == DENSE) < 0.2
+    steps = np.array(simulated(Pace(DENSE, QUIET), rising, 3000))
+    assert np.mean(np.diff(steps[steps > 1600]) == DENSE) > 0.8
+
+
 def test_values_that_are_not_finite_are_at_rest() -> None:
     pace = Pace(DENSE, QUIET)
     pace.take([np.array([[0.1, np.nan], [0.1, 0.9], [0.1, np.nan]])])
@@ -137,8 +153,9 @@ def test_a_warning_makes_the_next_steps_dense_until_it_comes_to_nothing(tmp_path
     monitor, window = run(tmp_path, spike, quiet=QUIET, tolerance=10.0)
     assert window.phase == "before"
     steps = steps_of(monitor)
-    # Warned at 100, measured again at once at 102, where the head is back: quiet from there.
-    assert steps == [*range(0, 101, QUIET), 102, *range(110, 291, QUIET)]
+    # Warned at 100, measured again at once at 102, where the head is back; and at 104, since its
+    # smoothed value is still more than halfway to the threshold: quiet from there.
+    assert steps == [*range(0, 101, QUIET), 102, 104, *range(110, 291, QUIET)]
 
 
 @pytest.mark.parametrize(("lost_at", "phase"), [(102, "warned"), (150, "open")])
@@ -147,7 +164,7 @@ def test_a_head_that_is_lost_after_its_warning_does_not_keep_the_rate_dense(
 ) -> None:
     def curve(step: int) -> np.ndarray:
         values = np.full((2, 2), 0.05)
-        values[1, 1] = 0.05 if step < 100 else 0.2 + 0.002 * (step - 100)
+        values[1, 1] = 0.05 if step < 100 else 0.15 + 0.004 * (step - 100)
         values[1, 1] = np.nan if step >= lost_at else values[1, 1]
         return values
 

@@ -8,13 +8,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+_N_SIGMA = 4.0
+_ENOUGH = 5
+
+
+def _noise(scores: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Per score, the noise about its trend, from the MAD of what one measurement changes; 0 where
+    too few are known. [n, ...] to [...]."""
+    if len(scores) < _ENOUGH:
+        return np.zeros(scores.shape[1:])
+    changes = np.where(np.isfinite(steps := np.diff(scores, axis=0)), steps, 0.0)
+    mad = np.median(np.abs(changes - np.median(changes, axis=0)), axis=0)
+    return np.asarray(_MAD_TO_SIGMA * mad / np.sqrt(2.0))
+
 
 class Pace:
     """A rate that adapts to the scores it measures.
 
     Steps are measured on a grid: every ``every_n_steps`` while the pace is dense, every
     ``quiet_every_n_steps`` otherwise. It is dense while any score has moved by more than
-    ``tolerance`` within the last ``look_back`` quiet intervals, or while someone asks for it.
+    ``tolerance``, and by more than its own noise makes it, within the last ``look_back`` quiet
+    intervals; or while someone asks for it.
 
     It is a function of the scores alone, so that it decides alike on every rank that has the same
     scores, and goes on after a resume as if it had never stopped.
@@ -95,7 +110,9 @@ class Pace:
         if len(scores) < 2:
             return False
         change = np.abs(scores[:-1] - scores[-1])
-        return bool((change[np.isfinite(change)] > self.tolerance).any())
+        limit = np.broadcast_to(self.tolerance + _N_SIGMA * _noise(scores), change.shape)
+        finite = np.isfinite(change)
+        return bool((change[finite] > limit[finite]).any())
 
     def state_dict(self) -> dict[str, Any]:
         return {"moving": self._moving}
