@@ -32,10 +32,10 @@ class Climbs:
         """These units begin to rise."""
         self._max_ema[units], self._peak_slope[units], self._flat_run[units] = -np.inf, 0.0, 0
 
-    def take(self, ema: Floats, watched: Mask, *, step: int, floor: Floats) -> None:
+    def take(self, ema: Floats, watched: Mask, *, step: int) -> None:
         """Take the smoothed values [n_units] of units that rise or have formed."""
         self._max_ema[watched] = np.maximum(self._max_ema, ema)[watched]
-        self.last_high[watched & self._near_maximum(ema, floor)] = step
+        self.last_high[watched & self._is_near_maximum(ema)] = step
 
     def are_over(
         self,
@@ -70,7 +70,7 @@ class Climbs:
         flat = (
             (age >= rule.slope_span[0])
             & (slope < rule.plateau_slope * self._peak_slope)
-            & self._near_maximum(ema, floors.floor)
+            & self._is_near_maximum(ema)
             & (ema - floors.floor >= rule.plateau_rise * (floors.up - floors.floor))
         )
         self._flat_run[climbing] = np.where(flat, self._flat_run + 1, 0)[climbing]
@@ -81,7 +81,5 @@ class Climbs:
                 self._flat_run[unit] = rule.patience
         return np.asarray(climbing & (self._flat_run >= rule.patience))
 
-    def _near_maximum(self, ema: Floats, floor: Floats) -> Mask:
-        share, top = self.rule.plateau_share, self._max_ema
-        # Above 0 the first is the lower one; a share of a negative number would lie above it.
-        return np.asarray(ema >= np.minimum(share * top, floor + share * (top - floor)))
+    def _is_near_maximum(self, ema: Floats) -> Mask:
+        return np.asarray(ema >= self.rule.plateau_share * self._max_ema)

@@ -290,7 +290,7 @@ class WindowDetector:
         if not watched.any():
             return []
         climbing = watched & ~(formed & self._floors.is_plateau)
-        self._climbs.take(ema, watched, step=step, floor=self._floors.floor)
+        self._climbs.take(ema, watched, step=step)
         flat = self._climbs.are_over(
             ema, self._ema, self._history, climbing, start_row=self._start_row, floors=self._floors
         )

@@ -75,9 +75,7 @@ class Floors:
     @property
     def rearm(self) -> Floats:
         """[n_units] the line below which a rise has been lost."""
-        # A share of a threshold says something of metrics above 0 only.
-        share = np.where(self.up > 0.0, self.rule.rearm * self.up, -np.inf)
-        return np.maximum(share, self.half)
+        return np.maximum(self.rule.rearm * self.up, self.half)
 
     def take(self, values: Floats, calm: Mask) -> None:
         """Take one evaluation [n_units].

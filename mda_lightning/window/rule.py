@@ -51,6 +51,11 @@ class WindowRule:
     """A window that closes on a plateau ended where this share of its rise was done."""
 
     def __post_init__(self) -> None:
+        if not self.minimum_up > 0.0:
+            raise ValueError(
+                f"minimum_up={self.minimum_up} must be above 0, as shares of thresholds count; "
+                "follow a metric below 0, or one that falls, by its distance from where it begins"
+            )
         if not 0.0 < self.rearm <= 1.0:
             raise ValueError(f"rearm={self.rearm} must lie in (0, 1]: it multiplies the threshold")
         if not 0.0 < self.smoothing <= 1.0:
