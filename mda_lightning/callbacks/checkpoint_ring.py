@@ -6,12 +6,17 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import lightning.pytorch as pl
 
 from mda_lightning.callbacks.checkpoint_writing import write_checkpoint
 from mda_lightning.files import atomic_path
+from mda_lightning.window import Edge
+
+EDGES: tuple[Edge, ...] = get_args(Edge)
 
 
 def to_evict(steps: Sequence[int], wanted: Sequence[int]) -> int:
@@ -45,11 +50,15 @@ def to_evict(steps: Sequence[int], wanted: Sequence[int]) -> int:
 class CheckpointRing:
     """Checkpoints ``ring/step-<k>.ckpt`` in a folder, written aside and renamed.
 
-    A checkpoint that cannot be written (no room, no permission) is reported once and training goes
-    on without it.
+    A checkpoint that cannot be written (no room, no permission) is reported once and counted, and
+    training goes on without it.
 
     Args:
-        size: how many checkpoints are on disk at most; at least 3.
+        size: how many checkpoints are on disk at most, but for a moment; at least 3.
+
+    Attributes:
+        steps: of the checkpoints that the ring holds, increasing.
+        n_lost: checkpoints that could not be written or promoted.
     """
 
     def __init__(self, size: int) -> None:
@@ -60,7 +69,7 @@ class CheckpointRing:
             )
         self.size = size
         self.steps: list[int] = []
-        self.n_failed = 0
+        self.n_lost = 0
         self._folder: Path | None = None
         self._promoted: Path | None = None
 
@@ -78,57 +87,97 @@ class CheckpointRing:
         A run that is resumed from before its window's end finds its ring gone, but not what was
         promoted.
         """
-        steps = [step for step in self.steps if self._source(step) is not None]
+        steps = [step for step in self.steps if self.holds(step)]
         return list(trainer.strategy.broadcast(steps))
+
+    def holds(self, step: int) -> bool:
+        """Whether this rank sees a checkpoint of ``step``, in the ring or promoted."""
+        return self._source(step) is not None
 
     def _source(self, step: int) -> Path | None:
         if self.path(step).exists():
             return self.path(step)
         assert self._promoted is not None
-        return next(iter(sorted(self._promoted.glob(f"*-step{step}.ckpt"))), None)
+        found = [self._promoted / f"{edge}-step{step}.ckpt" for edge in EDGES]
+        return next((path for path in found if path.exists()), None)
 
-    def save(self, trainer: pl.Trainer, step: int, *, wanted: Sequence[int]) -> bool:
+    def save(
+        self, trainer: pl.Trainer, step: int, *, wanted: Sequence[int], is_last: bool = False
+    ) -> bool:
         """Save the Trainer's present state as that of ``step``; returns whether it is on disk.
 
-        Must be called on all ranks, after ``global_step`` has changed and from
-        ``on_train_batch_end``, where Lightning's counters allow an exact resume.
+        Must be called on all ranks, after ``global_step`` has changed and from a hook where
+        Lightning's counters allow an exact resume.
+
+        Args:
+            wanted: see :func:`to_evict`.
+            is_last: nothing is evicted: what is not promoted is cleared next.
         """
-        if step not in self.steps:
-            self.steps.append(step)  # before saving: the checkpoint's own state then lists it
+        former = self.steps
+        # Before saving: the checkpoint's own state then lists what the ring will hold.
+        self.steps = sorted({*former, step})
+        while len(self.steps) > self.size and not is_last:
+            self.steps.remove(to_evict(self.steps, wanted))
+        if step not in former:
             failure = write_checkpoint(trainer, self.path(step))
             if failure is not None:
-                self.steps.remove(step)
-                self.n_failed += 1
-                if self.n_failed == 1:
-                    warnings.warn(
-                        f"the checkpoint of step {step} could not be written to {self._folder} "
-                        f"({failure}); training goes on, but a window's checkpoints may be missing",
-                        stacklevel=2,
-                    )
+                self.steps = former
+                self._lose(f"the checkpoint of step {step} could not be written", failure)
                 return False
-        while len(self.steps) > self.size:
-            gone = to_evict(self.steps, wanted)
-            self.steps.remove(gone)
-            if trainer.is_global_zero:
-                self.path(gone).unlink(missing_ok=True)
+        self._tidy(trainer)
         return True
 
-    def promote(self, trainer: pl.Trainer, step: int, destination: Path) -> None:
-        """Keep the checkpoint of ``step`` as ``destination`` too, whatever the ring does."""
+    def promote(self, trainer: pl.Trainer, step: int, destination: Path) -> bool:
+        """Keep the checkpoint of ``step`` as ``destination`` too, whatever the ring does.
+
+        Returns whether it is there; the same on all ranks.
+        """
+        failure = None
+        if trainer.is_global_zero:
+            failure = self._link(step, destination)
+        failure = trainer.strategy.broadcast(failure)
+        if failure is not None:
+            self._lose(f"the checkpoint of step {step} could not be kept as {destination}", failure)
+        return failure is None
+
+    def _link(self, step: int, destination: Path) -> str | None:
         source = self._source(step)
-        if not trainer.is_global_zero or source is None or source == destination:
-            return
-        with atomic_path(destination) as part:
-            try:
-                os.link(source, part)  # such a file is never written again, only replaced
-            except OSError:
-                shutil.copyfile(source, part)
+        if source is None:
+            return "it is gone"
+        if source == destination:
+            return None
+        try:
+            with atomic_path(destination) as part:
+                try:
+                    os.link(source, part)  # such a file is never written again, only replaced
+                except OSError:
+                    shutil.copyfile(source, part)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _lose(self, what: str, why: object) -> None:
+        self.n_lost += 1
+        if self.n_lost == 1:
+            warnings.warn(
+                f"{what} ({why}); training goes on, but a window's checkpoints may be missing",
+                stacklevel=4,
+            )
+
+    def _tidy(self, trainer: pl.Trainer) -> None:
+        """Remove files that the ring does not hold: evicted ones, and those of a run that was
+        killed, from here or from before this run went back."""
+        if trainer.is_global_zero and self._folder is not None and self._folder.is_dir():
+            held = {self.path(step) for step in self.steps}
+            for path in [*self._folder.glob("step-*.ckpt"), *self._folder.glob(".step-*.part")]:
+                if path not in held:
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
 
     def clear(self, trainer: pl.Trainer) -> None:
         """Remove the ring's own files, also those that an interrupted run left there."""
-        if trainer.is_global_zero and self._folder is not None and self._folder.is_dir():
-            for path in [*self._folder.glob("step-*.ckpt"), *self._folder.glob(".step-*.part")]:
-                path.unlink(missing_ok=True)
-            if not any(self._folder.iterdir()):
-                self._folder.rmdir()
         self.steps = []
+        self._tidy(trainer)
+        if trainer.is_global_zero and self._folder is not None:
+            with suppress(OSError):  # not there, or something of somebody else's is in it
+                self._folder.rmdir()

@@ -7,31 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from mda_lightning.callbacks.attachment import (
+    callbacks_of,
     is_rehearsal,
     state_key,
     versions,
     warn_of_other_folder,
 )
 from mda_lightning.callbacks.checkpoint_writing import check_checkpointing
-from mda_lightning.callbacks.loggers import log_scalars, log_summary, run_folder
+from mda_lightning.callbacks.loggers import log_scalars, run_folder
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
 from mda_lightning.callbacks.window_checkpoints import PROMOTED, WindowCheckpoints
-from mda_lightning.callbacks.window_news import Announcement, WindowNews, tell
+from mda_lightning.callbacks.window_needs import (
+    check_arguments,
+    check_metric,
+    monitor_of,
+    named_units,
+    own_folder,
+)
+from mda_lightning.callbacks.window_news import Announcement, WindowNews
+from mda_lightning.callbacks.window_output import WindowOutput
 from mda_lightning.callbacks.window_source import (
     LoggedSource,
     MonitorSource,
     On,
+    Values,
     WindowSource,
-    monitor_of,
 )
-from mda_lightning.files import write_json
-from mda_lightning.mechanisms import MECHANISMS
-from mda_lightning.units import parse_unit
 from mda_lightning.window import (
-    WINDOW_NAME,
     Edge,
+    Followed,
     MechanismWindow,
     Phase,
     Window,
@@ -67,7 +74,9 @@ class CriticalWindow(pl.Callback):
     ==============================  ==============================================================
 
     In the run's folder: ``window.json`` (rewritten whenever a window opens or closes, and at the
-    end), ``window/*.ckpt``, and ``ring/`` until the window has closed.
+    end), ``window/*.ckpt``, and ``ring/`` until the window has closed. Where several windows of a
+    Trainer have one folder, each has these in a folder in there, named as its metric. What cannot
+    be written is left out, told once and counted in ``window.json``; training goes on.
 
     Args:
         mechanism: name of a mechanism that a monitor measures; or a metric: a key of one of its
@@ -75,11 +84,15 @@ class CriticalWindow(pl.Callback):
         targets: how many of the highest units; or their names, such as ``["L1H2"]``.
         chance: the metric's value before anything has formed. Known of mechanisms.
         rule: thresholds of the detector. The default is meant for attention probabilities.
-        falls: a metric whose formation is a fall, such as a loss: it is followed with its sign
-            turned, and ``rule`` is in turned values too; ``chance`` is not turned.
+        falls: a metric whose formation is a fall, such as a loss. What is followed then is how far
+            it has fallen below ``chance``, and ``rule`` is about that: of a loss that begins at
+            10.8, and of which a fall below 9 counts, ``chance=10.8, falls=True,
+            rule=WindowRule(minimum_up=1.8, level=None)``. Likewise of a metric that rises from a
+            ``chance`` below 0 it is how far it has risen above that.
         on: where a logged number is read: every ``every_n_steps`` steps of training, or after each
             validation.
-        every_n_steps: see there.
+        every_n_steps: see there; no oftener than the number is logged, since the last one is read
+            again where there is no new one.
         ring: checkpoints in the ring at most.
         ring_every: evaluations between two of them.
         folder: where to write; None is the monitor's folder, or ``mda/`` in the logger's.
@@ -88,7 +101,10 @@ class CriticalWindow(pl.Callback):
 
     Raises:
         ValueError: a number out of range; at ``setup``, a unit that the model lacks, a monitor that
-            acts later, or no monitor for a mechanism; in training, a metric that nobody logs.
+            acts later, no monitor for a mechanism, or two windows of one metric in one folder; in
+            training, a metric that no measure gives or that nobody has logged in 20 readings (2 of
+            validations).
+        UnsupportedTrainerError: at ``setup``, weights in shards or checkpoints in the background.
     """
 
     def __init__(
@@ -108,14 +124,9 @@ class CriticalWindow(pl.Callback):
         margin_steps: int = 0,
     ) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: read at most every step, 1")
-        if margin_steps < 0:
-            raise ValueError(f"margin_steps={margin_steps}: 0 or more steps after the close")
-        if on not in ("train", "validation"):
-            raise ValueError(f"on={on!r}: 'train' or 'validation'")
-        if isinstance(targets, int) and targets < 1:
-            raise ValueError(f"targets={targets}: at least one unit, by number or by name")
+        check_arguments(
+            targets=targets, on=on, every_n_steps=every_n_steps, margin_steps=margin_steps
+        )
         self.mechanism = mechanism
         self.targets = [targets] if isinstance(targets, str) else targets
         self.rule = rule
@@ -132,17 +143,21 @@ class CriticalWindow(pl.Callback):
         self.folder: Path | None = None
         self.follower: MechanismWindow[Any] | None = None
         self._chance = chance
-        self._sign = -1.0 if falls else 1.0
+        self._falls = falls
+        self._followed = Followed("value", 0.0)
         self._on: On = on
         self._every_n_steps = every_n_steps
         self._checkpoints = WindowCheckpoints(ring, ring_every)
         self._news = WindowNews(mechanism)
+        self._output = WindowOutput()
         self._wanted_folder = folder
+        self._base: Path | None = None  # what other windows may have too
         self._stop_when_closed = stop_when_closed
         self._margin_steps = margin_steps
         self._monitor: UnitMonitor | None = None
         self._source: WindowSource | None = None
         self._saved: dict[str, Any] | None = None  # a state that has not been taken up
+        self._former_folder = "None"
 
     # -- for other code -----------------------------------------------------------------------
 
@@ -170,7 +185,13 @@ class CriticalWindow(pl.Callback):
     @property
     def status(self) -> str:
         """The window in a sentence."""
-        return "" if self.follower is None else message_of(self.follower)
+        if self.follower is None:
+            return ""
+        text, followed = message_of(self.follower), self._followed
+        if followed.follows == "value":
+            return text
+        way = "below" if followed.falls else "above"
+        return f"{text} (scores are how far {self.mechanism} is {way} {followed.floor:g})"
 
     @property
     def checkpoints(self) -> dict[Edge, tuple[int, Path]]:
@@ -203,12 +224,11 @@ class CriticalWindow(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
-        self._saved = dict(state_dict)
+        self._saved, self._former_folder = dict(state_dict), state_dict["folder"]
         if self._source is not None:  # else at setup
-            warn_of_other_folder("CriticalWindow", state_dict["folder"], self.folder)
             self._source.load_state_dict(state_dict["source"])
-            if self.follower is not None:
-                self._take_up()
+            self.follower = None
+            self._begin()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -216,42 +236,43 @@ class CriticalWindow(pl.Callback):
         check_checkpointing(trainer, "CriticalWindow")
         self._monitor = monitor_of(trainer, self, self.mechanism)
         measured = None if self._monitor is None else self._monitor.mechanism(self.mechanism)
-        self._check_metric(is_mechanism=measured is not None)
-        if self._monitor is not None:
-            self._source = MonitorSource(self._monitor, self.mechanism)
-            self._monitor.add_follower(self)
-        else:
-            self._source = LoggedSource(
-                self.mechanism, on=self._on, every_n_steps=self._every_n_steps
-            )
+        if measured is None:
+            check_metric(self.mechanism, chance=self._chance, rule=self.rule)
+        floor = measured.chance if measured and self._chance is None else self._chance
+        assert floor is not None
+        self._followed = Followed.of(floor, falls=self._falls)
         if self._wanted_folder is None and self._monitor is not None:
-            self.folder = self._monitor.folder
+            self._base = self._monitor.folder
         else:
-            self.folder = run_folder(trainer, self._wanted_folder)
-        assert self.folder is not None
-        self._checkpoints.attach(self.folder)
+            self._base = run_folder(trainer, self._wanted_folder)
+        self._place(trainer)
+        if self._monitor is not None:
+            self._monitor.add_follower(self)
         if self.follower is not None and trainer.global_step != 0:
             return  # a second fit that goes on with the first
+        self._source = (
+            LoggedSource(self.mechanism, on=self._on, every_n_steps=self._every_n_steps)
+            if self._monitor is None
+            else MonitorSource(self._monitor, self.mechanism)
+        )
         self.follower = None
+        self._output.begin()
         self._checkpoints.begin()
-        if measured is not None:
-            # A Trainer's checkpoint, if there is one, is loaded after this.
-            self._begin(self._chance if self._chance is not None else measured.chance)
-        if self._saved is not None:
+        # A Trainer's checkpoint, if there is one, is loaded after this.
+        if self._saved is None:
+            self._begin()
+        else:
             self.load_state_dict(self._saved)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._source is not None
-        if self.follower is None:  # its units are known once the metric has been measured
-            assert self._chance is not None
-            self._begin(self._chance)
-            if self._saved is not None:
-                self._take_up()
-        if trainer.global_step == 0 and not is_rehearsal(trainer):
-            self._checkpoints.clear(trainer)  # a former run's, in the same folder
-        self._source.read(trainer, "train")
-        self._catch_up()
+        # Only now all windows of the Trainer have been set up.
+        self._place(trainer)
+        warn_of_other_folder("CriticalWindow", self._former_folder, self.folder)
+        self._former_folder = "None"
+        if not is_rehearsal(trainer):
+            self._checkpoints.start(trainer, self.follower)
         self._follow(trainer, pl_module, in_batch=False)
+        self._stop_if_over(trainer)
 
     def on_train_batch_end(
         self,
@@ -264,106 +285,104 @@ class CriticalWindow(pl.Callback):
         assert self._source is not None
         self._source.read(trainer, "train")
         self._follow(trainer, pl_module, in_batch=True)
-        if self._stop_when_closed and self.follower is not None:
-            closed_at = self.follower.closed_at
-            if closed_at is not None and trainer.global_step >= closed_at + self._margin_steps:
-                trainer.should_stop = True
+        self._stop_if_over(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._source is not None and self.follower is not None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if self._source is not None and fitting and not trainer.sanity_checking:
             self._source.read(trainer, "validation")
             self._follow(trainer, pl_module, in_batch=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self.follower is not None
-        if is_rehearsal(trainer):
+        if is_rehearsal(trainer) or self.follower is None:
             return
         if self.follower.phase != "closed":
             self._checkpoints.promote(trainer, self.follower)
         if self.follower.phase == "before":
             self._checkpoints.clear(trainer)  # no window has begun that could need one of them
-        self._write(trainer)
-        self._summarise(trainer)
+        report = self.report()
+        self._output.write(trainer, self.folder, report)
+        self._output.summarise(trainer, report)
         if self.follower.phase != "closed":
-            tell(self._monitor, trainer.global_step, self.status)
+            self._news.tell(self._monitor, trainer.global_step, self.status)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._monitor = None
+        self._monitor = self._base = None
 
     # -- what it does -------------------------------------------------------------------------
 
-    def _check_metric(self, *, is_mechanism: bool) -> None:
-        if is_mechanism:
-            return
-        if self.mechanism in MECHANISMS:
-            raise ValueError(
-                f"CriticalWindow({self.mechanism!r}) follows a UnitMonitor that measures "
-                f"{self.mechanism!r} as a mechanism, and there is none; put UnitMonitor("
-                f"mechanisms=({self.mechanism!r},)) before it in callbacks=[...]"
-            )
-        if self._chance is None or self.rule is None:
-            raise ValueError(
-                f"CriticalWindow({self.mechanism!r}): no mechanism of a UnitMonitor has that name. "
-                "Of another metric say where it begins and what a rise is: chance=..., and "
-                "rule=WindowRule(minimum_up=..., level=None), which closes on a plateau. Or put "
-                f"UnitMonitor(mechanisms=({self.mechanism!r},)) before it in callbacks=[...]"
-            )
+    def _place(self, trainer: pl.Trainer) -> None:
+        assert self._base is not None
+        windows = [one for one in callbacks_of(trainer) if isinstance(one, CriticalWindow)]
+        others = [(w.mechanism, w._base) for w in windows if w is not self and w._base is not None]
+        self.folder = own_folder(self.mechanism, self._base, others)
+        self._checkpoints.attach(self.folder)
 
-    def _begin(self, chance: float) -> None:
+    def _begin(self) -> None:
+        """Follow the units once they are known, from where a saved state was."""
         assert self._source is not None
-        units = self._source.units
-        targets: int | list[Any]
-        if isinstance(self.targets, int):
-            targets = self.targets
-        else:
-            named = {str(unit): unit for unit in units}
-            targets = [named.get(str(name), name) for name in self.targets]
-            if (unknown := [name for name in targets if name not in units]) and self._monitor:
-                assert self._monitor.layout is not None
-                try:
-                    self._monitor.layout.check(parse_unit(unknown[0]))
-                except ValueError as error:
-                    raise ValueError(f"CriticalWindow(targets={self.targets}): {error}") from error
+        if self.follower is not None or not (units := self._source.units):
+            return
+        given = self.targets
+        targets = given if isinstance(given, int) else named_units(given, units, self._monitor)
         self.follower = MechanismWindow(
-            units, chance=self._sign * chance, targets=targets, rule=self.rule
+            units, chance=self._followed.chance, targets=targets, rule=self.rule
         )
-
-    def _take_up(self) -> None:
-        """Go on from a saved state."""
-        assert self.follower is not None and self._saved is not None
-        state, self._saved = self._saved, None
-        now = int(state["last_step"])
-        self._catch_up(until=now)
-        self._checkpoints.load_state_dict(state["checkpoints"], now=now)
-
-    def _catch_up(self, until: int | None = None) -> None:
-        """Take evaluations that this callback was not there for: up to ``until``, or all but the
-        last one, which is followed."""
-        assert self._source is not None and self.follower is not None
-        new = list(self._source.since(self.follower.last_step))
-        for step, value in new[:-1] if until is None else new:
-            if until is None or step <= until:
-                self.follower.update(step, self._sign * value)
+        if self._saved is not None:
+            state, self._saved = self._saved, None
+            for step, values in self._source.since(-1):
+                if step <= state["last_step"]:
+                    self.follower.update(step, self._followed.seen(values))
+            self._checkpoints.load_state_dict(state["checkpoints"])
 
     def _follow(self, trainer: pl.Trainer, module: pl.LightningModule, *, in_batch: bool) -> None:
-        assert self._source is not None and self.follower is not None
-        for step, value in self._source.since(self.follower.last_step):
-            was_closed = self.follower.phase == "closed"
-            events = self.follower.update(step, self._sign * value)
-            if not was_closed and not is_rehearsal(trainer):
-                self._checkpoints.keep(trainer, step, self.follower, events)
-            scalars = self._news.scalars(self.follower, sign=self._sign)
-            log_scalars(trainer, module, scalars, step=step, monitorable=in_batch)
-            turns = [event for event in events if event.kind not in ("warning", "calm")]
-            for event in turns:
-                self._news.announce(trainer, self._monitor, self.follower, event, value)
-            if turns and not is_rehearsal(trainer):
-                self._write(trainer)
+        assert self._source is not None
+        self._begin()
+        if self.follower is None:
+            return
+        for step, values in self._source.since(self.follower.last_step):
+            if step == trainer.global_step:
+                self._take(trainer, module, step, values, in_batch=in_batch)
+            else:  # of before this callback was there
+                self.follower.update(step, self._followed.seen(values))
+
+    def _take(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        step: int,
+        values: Values,
+        *,
+        in_batch: bool,
+    ) -> None:
+        """Take an evaluation of the training's present state."""
+        assert self.follower is not None
+        was_closed = self.follower.phase == "closed"
+        events = self.follower.update(step, self._followed.seen(values))
+        turns = self._news.turns(self.follower, events, values)
+        for turn in turns:
+            self._news.note(self._monitor, turn)  # before saving: checkpoints hold the page's lines
+        if not was_closed and not is_rehearsal(trainer):
+            self._checkpoints.keep(trainer, step, self.follower, events)
+        scalars = self._news.scalars(self.follower, own=self._followed.own)
+        log_scalars(trainer, module, scalars, step=step, monitorable=in_batch)
+        if turns and not is_rehearsal(trainer):
+            self._output.write(trainer, self.folder, self.report())
+        for turn in turns:
+            self._news.announce(trainer, turn)
+
+    def _stop_if_over(self, trainer: pl.Trainer) -> None:
+        if not self._stop_when_closed or self.follower is None:
+            return
+        closed_at = self.follower.closed_at
+        if closed_at is not None and trainer.global_step >= closed_at + self._margin_steps:
+            trainer.should_stop = True
 
     def report(self) -> dict[str, Any]:
-        """What ``window.json`` holds: see :mod:`mda_lightning.window.report`."""
+        """What ``window.json`` holds: see :mod:`mda_lightning.window.report`. ``follows`` is what
+        its values are: the metric's ``value``, or a distance from ``floor``."""
         assert self.follower is not None
-        return window_report(
+        found = window_report(
             mechanism=self.mechanism,
             follower=self.follower,
             kept={
@@ -373,19 +392,5 @@ class CriticalWindow(pl.Callback):
             n_lost=self._checkpoints.n_lost,
             versions=versions(),
         )
-
-    def _summarise(self, trainer: pl.Trainer) -> None:
-        report, found = self.report(), self.window
-        log_summary(
-            trainer,
-            {
-                f"{self.mechanism}/window_status": report["status"],
-                f"{self.mechanism}/window_target": report["target"],
-                f"{self.mechanism}/window_start": None if found is None else found[1].start,
-                f"{self.mechanism}/window_end": None if found is None else found[1].end,
-            },
-        )
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero and self.folder is not None:
-            write_json(self.folder / WINDOW_NAME, self.report())
+        followed = {"floor": self._followed.floor, "follows": self._followed.follows}
+        return found | {"message": self.status} | followed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from mda_lightning.callbacks.loggers import alert
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
 from mda_lightning.callbacks.window_source import Values
 from mda_lightning.window import MechanismWindow, WindowEvent
+
+_TURNS = ("opened", "closed", "lapsed", "handed_over")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,19 @@ class Announcement:
     start: int
     reason: str | None
     to: Hashable | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An announcement and its words."""
+
+    title: str
+    more: str
+    announcement: Announcement
+
+    @property
+    def line(self) -> str:
+        return f"{self.title} ({self.more})"
 
 
 class WindowNews:
@@ -45,8 +60,11 @@ class WindowNews:
         self._subscribers.append(follow)
         return lambda: self._subscribers.remove(follow)
 
-    def scalars(self, follower: MechanismWindow[Any], *, sign: float) -> dict[str, float]:
-        """The values to log after an evaluation; ``sign`` is -1 for a metric that was turned."""
+    def scalars(
+        self, follower: MechanismWindow[Any], *, own: Callable[[float], float]
+    ) -> dict[str, float]:
+        """The values to log after an evaluation; ``own`` turns what is followed into the metric's
+        own units."""
         detector, watched, states = follower.detector, follower.watched, follower.detector.states
         values = {
             f"{self._metric}/n_rising": float(sum(states[i] == "RISING" for i in watched)),
@@ -55,21 +73,19 @@ class WindowNews:
         }
         ema = detector.ema[watched]
         if np.isfinite(ema).any():
-            values[f"{self._metric}/ema_max"] = sign * float(np.nanmax(ema))
+            values[f"{self._metric}/ema_max"] = own(float(np.nanmax(ema)))
         return values
 
-    def announce(
-        self,
-        trainer: pl.Trainer,
-        monitor: UnitMonitor | None,
-        follower: MechanismWindow[Any],
-        event: WindowEvent,
-        values: Values,
-    ) -> None:
-        """Tell everybody of a turn; warnings and what came to nothing are no turns."""
+    def turns(
+        self, follower: MechanismWindow[Any], events: Iterable[WindowEvent], values: Values
+    ) -> list[Turn]:
+        """What there is to tell of an evaluation's events; warnings and what came to nothing are
+        no turns."""
+        return [self._turn(follower, event, values) for event in events if event.kind in _TURNS]
+
+    def _turn(self, follower: MechanismWindow[Any], event: WindowEvent, values: Values) -> Turn:
         kind, unit = event.kind, follower.units[event.unit_index]
-        if kind == "warning" or kind == "calm":
-            return
+        assert kind != "warning" and kind != "calm"
         to = None if event.to_index is None else follower.units[event.to_index]
         if to is None:
             title = f"{self._metric}: window of {unit} {kind}"
@@ -79,15 +95,24 @@ class WindowNews:
         else:
             title = f"{self._metric}: {unit} handed over to {to}"
             more = f"{unit} has fallen back while {to} rose"
-        alert(trainer, title, f"step {event.step}, {more}")
-        tell(monitor, event.step, f"{title} ({more})")
         one = Announcement(kind, self._metric, unit, event.step, event.start, event.reason, to)
+        return Turn(title, more, one)
+
+    def note(self, monitor: UnitMonitor | None, turn: Turn) -> None:
+        """Put it on the monitor's page."""
+        if monitor is not None:
+            monitor.note(turn.announcement.step, turn.line)
+
+    def tell(self, monitor: UnitMonitor | None, step: int, text: str) -> None:
+        """A line on the console and on the monitor's page."""
+        if monitor is not None:
+            monitor.note(step, text)
+        rank_zero_info(f"step {step}: {text}")
+
+    def announce(self, trainer: pl.Trainer, turn: Turn) -> None:
+        """Tell loggers, the console and subscribers."""
+        one = turn.announcement
+        alert(trainer, turn.title, f"step {one.step}, {turn.more}")
+        rank_zero_info(f"step {one.step}: {turn.line}")
         for follow in list(self._subscribers):
             follow(one)
-
-
-def tell(monitor: UnitMonitor | None, step: int, text: str) -> None:
-    """A line on the console and on the monitor's page."""
-    if monitor is not None:
-        monitor.note(step, text)
-    rank_zero_info(f"step {step}: {text}")

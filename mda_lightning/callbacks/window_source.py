@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Iterator
 from typing import Any, Literal, Protocol
 
@@ -9,13 +10,13 @@ import lightning.pytorch as pl
 import numpy as np
 from numpy.typing import NDArray
 
-from mda_lightning.callbacks.attachment import callbacks_before
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
 
 On = Literal["train", "validation"]
-Values = NDArray[np.float32]
+Values = NDArray[np.float64]
 
-_N_PATIENT = 20
+_PATIENCE = {"train": 20, "validation": 2}
+"""Readings without a metric after which it is taken for one that nobody logs."""
 
 
 class WindowSource(Protocol):
@@ -23,11 +24,19 @@ class WindowSource(Protocol):
 
     @property
     def units(self) -> list[Hashable]:
-        """Heads, or the metric's name where it is one number."""
+        """Heads, or the metric's name where it is one number; none before that is known.
+
+        Raises:
+            ValueError: there is no such metric.
+        """
         ...
 
     def read(self, trainer: pl.Trainer, hook: On) -> None:
-        """Look for a new value at the end of a training batch or of a validation; on all ranks."""
+        """Look for a new value at the end of a training batch or of a validation; on all ranks.
+
+        Raises:
+            ValueError: there is no such metric.
+        """
         ...
 
     def since(self, step: int) -> Iterator[tuple[int, Values]]:
@@ -49,18 +58,35 @@ class MonitorSource:
 
     @property
     def units(self) -> list[Hashable]:
-        assert self._monitor.layout is not None
-        if self._monitor.mechanism(self._key) is None and not self._monitor.table.shape(self._key):
-            return [self._key]
-        return list(self._monitor.layout.heads)
+        monitor, key = self._monitor, self._key
+        assert monitor.layout is not None
+        kind = "heads" if monitor.mechanism(key) is not None else self._kind()
+        if kind == "not yet measured":
+            return []
+        return list(monitor.layout.heads) if kind == "heads" else [key]
+
+    def _kind(self) -> Literal["heads", "number", "not yet measured"]:
+        table, key = self._monitor.table, self._key
+        if key in table.metrics:
+            return "heads" if table.shape(key) else "number"
+        names = [one.name for one in self._monitor.measures]
+        name = next(name for name in names if is_key_of(name, key))
+        if others := [metric for metric in table.metrics if is_key_of(name, metric)]:
+            raise ValueError(
+                f"CriticalWindow({key!r}): the measure {name!r} has no such key; it gives "
+                + ", ".join(map(repr, others))
+            )
+        return "not yet measured"
 
     def read(self, trainer: pl.Trainer, hook: On) -> None:
         """The monitor has measured already: it acts first."""
 
     def since(self, step: int) -> Iterator[tuple[int, Values]]:
+        if self._monitor.table.count(self._key) == 0:
+            return
         steps, values = self._monitor.table.curves(self._key)
         for i in range(int(np.searchsorted(steps, step, side="right")), len(steps)):
-            yield int(steps[i]), values[i].reshape(-1)
+            yield int(steps[i]), values[i].reshape(-1).astype(np.float64)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -71,68 +97,60 @@ class MonitorSource:
 
 class LoggedSource:
     """A number in ``trainer.callback_metrics``, read every ``every_n_steps`` optimizer steps, or
-    after every validation."""
+    after every validation.
+
+    What is not logged anew is read again as it was, as Lightning shows it.
+    """
 
     def __init__(self, key: str, *, on: On, every_n_steps: int) -> None:
         self._key, self._on, self._every = key, on, every_n_steps
         self._steps: list[int] = []
         self._values: list[float] = []
+        # As it stands now, a tensor that nobody waits for; None as long as nobody has logged it.
+        self._latest: Any = None
 
     @property
     def units(self) -> list[Hashable]:
         return [self._key]
 
     def read(self, trainer: pl.Trainer, hook: On) -> None:
+        # After a resume Lightning's own metrics are empty until they are logged again.
+        self._latest = trainer.callback_metrics.get(self._key, self._latest)
         step = trainer.global_step
-        due = step % self._every == 0 if self._on == "train" else not trainer.sanity_checking
+        due = step > 0 and step % self._every == 0 if self._on == "train" else True
         if hook != self._on or not due or (self._steps and step <= self._steps[-1]):
             return
-        value = trainer.callback_metrics.get(self._key)
-        number = float("nan") if value is None else float(value)
+        mine = None if self._latest is None else float(self._latest)
         # Decisions follow from it, so every rank has rank 0's.
+        value = trainer.strategy.broadcast(mine)
         self._steps.append(step)
-        self._values.append(trainer.strategy.broadcast(number))
-
-    def check(self, trainer: pl.Trainer) -> None:
-        """Raise ValueError where the metric has been read and was never there."""
-        if len(self._steps) == _N_PATIENT and np.isnan(self._values).all():
-            known = sorted(trainer.callback_metrics)
+        self._values.append(float("nan") if value is None else value)
+        if value is None and len(self._steps) >= _PATIENCE[self._on]:
+            known = sorted(m for m in trainer.callback_metrics if not is_key_of(self._key, m))
             raise ValueError(
-                f"CriticalWindow({self._key!r}): no monitor measures it, and after "
-                f"{_N_PATIENT} readings (on={self._on!r}) nothing has been logged under that name; "
-                f"logged are: {', '.join(known) or 'none'}"
+                f"CriticalWindow({self._key!r}): no UnitMonitor measures it, and in "
+                f"{len(self._steps)} readings (on={self._on!r}) nothing was logged under that "
+                f"name. Logged are: {', '.join(known) or 'none'}"
             )
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether nobody has logged it so far."""
+        return self._latest is None
+
     def since(self, step: int) -> Iterator[tuple[int, Values]]:
-        for at, value in zip(self._steps, self._values, strict=True):
-            if at > step:
-                yield at, np.array([value], np.float32)
+        for i in range(bisect_right(self._steps, step), len(self._steps)):
+            yield self._steps[i], np.array([self._values[i]], np.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": list(self._steps), "values": list(self._values)}
+        latest = None if self._latest is None else float(self._latest)
+        return {"steps": list(self._steps), "values": list(self._values), "latest": latest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps, self._values = list(state["steps"]), list(state["values"])
+        self._latest = state["latest"]
 
 
-def monitor_of(trainer: pl.Trainer, me: pl.Callback, metric: str) -> UnitMonitor | None:
-    """The monitor before ``me`` that measures ``metric``, as a mechanism or as a measure's key.
-
-    Raises:
-        ValueError: there is one, but it acts after ``me``.
-    """
-    before, after = callbacks_before(trainer, me, UnitMonitor)
-    for monitor in before:
-        if _measures(monitor, metric):
-            return monitor
-    if any(_measures(monitor, metric) for monitor in after):
-        raise ValueError(
-            f"CriticalWindow({metric!r}) stands before the UnitMonitor it follows; put it after "
-            "that one in callbacks=[...]"
-        )
-    return None
-
-
-def _measures(monitor: UnitMonitor, metric: str) -> bool:
-    names = [m.name for m in monitor.mechanisms] + [m.name for m in monitor.measures]
-    return any(metric == name or metric.startswith(f"{name}/") for name in names)
+def is_key_of(name: str, metric: str) -> bool:
+    """Whether ``metric`` is what a mechanism or measure of that name gives."""
+    return metric == name or metric.startswith(f"{name}/")

@@ -17,9 +17,10 @@ from mda_lightning import __version__
 from mda_lightning.analysis.figures.style import png_bytes
 from mda_lightning.analysis.figures.windows import windows_figure
 from mda_lightning.files import atomic_path, write_json
-from mda_lightning.recipes.window_rule import Followed, Setting, rule_for
+from mda_lightning.recipes.window_rule import Setting, rule_for
 from mda_lightning.recipes.window_table import Curves, RecordedTable, chance_values, read_table
 from mda_lightning.window import (
+    Followed,
     MechanismWindow,
     WindowDetector,
     WindowEvent,

@@ -7,6 +7,7 @@ command ``mda-lightning window`` are both made of these.
 """
 
 from mda_lightning.window.detector import WindowDetector, replay
+from mda_lightning.window.followed import Followed
 from mda_lightning.window.mechanism import Edge, MechanismWindow, Phase
 from mda_lightning.window.report import WINDOW_NAME, message_of, window_report
 from mda_lightning.window.rule import State, Window, WindowEvent, WindowRule
@@ -14,6 +15,7 @@ from mda_lightning.window.rule import State, Window, WindowEvent, WindowRule
 __all__ = [
     "WINDOW_NAME",
     "Edge",
+    "Followed",
     "MechanismWindow",
     "Phase",
     "State",
