@@ -99,18 +99,18 @@ class Floors:
         units = units[self._learns_at[np.minimum(counts, n_early)] & ((counts <= n_early) | again)]
         if len(units) == 0:
             return
-        kept = self._kept[:, units]
-        median = np.nanmedian(kept, axis=0)
-        sigma = np.array([noise(self._in_order(unit)) for unit in units])
-        is_plateau = self.is_plateau[units]
-        self.floor[units] = np.where(is_plateau, median, np.maximum(self.chance[units], median))
-        self.sigma[units] = np.maximum(self.rule.minimum_sigma, sigma)
-        self._update_up(units)
+        for count in np.unique(self._n_kept[units]):  # most units have as many as each other
+            self._learn(units[self._n_kept[units] == count], int(count))
 
-    def _in_order(self, unit: int) -> Floats:
-        count, n_early = int(self._n_kept[unit]), self.rule.n_early
-        kept = self._kept[: min(count, n_early), unit]
-        return np.asarray(np.roll(kept, -(count % n_early)) if count > n_early else kept)
+    def _learn(self, units: NDArray[np.int64], count: int) -> None:
+        n_early = self.rule.n_early
+        kept = self._kept[: min(count, n_early), units]
+        if count > n_early:
+            kept = np.roll(kept, -(count % n_early), axis=0)  # in their order
+        median, is_plateau = np.median(kept, axis=0), self.is_plateau[units]
+        self.floor[units] = np.where(is_plateau, median, np.maximum(self.chance[units], median))
+        self.sigma[units] = np.maximum(self.rule.minimum_sigma, noise(kept))
+        self._update_up(units)
 
     def rest_at(self, unit: int, level: float) -> None:
         """The unit has formed: learn the level at which it rests, beginning from ``level``."""
@@ -133,19 +133,19 @@ class Floors:
         self._n_kept[unit] = 0
 
 
-def noise(values: Floats) -> float:
-    """The standard deviation of a curve about its trend, from the scaled MAD of its differences.
+def noise(values: Floats) -> Floats:
+    """The standard deviation of curves about their trend, from the scaled MAD of differences.
 
     Differences over up to 20 evaluations, so that noise that outlasts an evaluation counts, and a
     trend does not: most heads fall away from uniform attention while the floor is being learned.
 
     Args:
-        values: [n] in order, finite.
+        values: [n, n_units] in order, finite.
     """
     lag = min(_LONGEST_LAG, len(values) // 2)
     changes = values[lag:] - values[: len(values) - lag]
-    mad = float(np.median(np.abs(changes - np.median(changes))))
-    return _MAD_TO_SIGMA * mad / math.sqrt(2.0)
+    mad = np.median(np.abs(changes - np.median(changes, axis=0)), axis=0)
+    return np.asarray(_MAD_TO_SIGMA * mad / math.sqrt(2.0))
 
 
 def has_held(run: NDArray[np.floating[Any]], *, floor: float, rule: WindowRule) -> bool:
