@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mda_lightning.window import WindowDetector, WindowRule, replay
+from mda_lightning.window import MechanismWindow, WindowDetector, WindowRule, replay
 from mda_lightning.window.fit import refine
 
 FLOOR = 0.052
@@ -344,3 +344,33 @@ def test_the_midpoints_interval_covers_the_truth_and_shrinks_with_the_noise() ->
         widths.append(high - low)
         assert np.mean(inside) >= 0.85
     assert widths[1] > 2.5 * widths[0]
+
+
+def test_a_low_plateau_waits_for_a_rival_and_not_for_a_slow_climber() -> None:
+    at = np.arange(500)
+    low = logistic(500, height=0.2, midpoint=80, width=5)
+    rival = logistic(500, height=0.6, midpoint=130, width=10)
+    climber = FLOOR + np.clip((at - 40) * 0.0008, 0.0, 0.4)
+    for curves, target in (((low, rival), 1), ((low, climber), 0)):
+        follower = MechanismWindow(range(2), chance=FLOOR)
+        for i, row in enumerate(np.stack(curves, 1)):
+            follower.update(10 * i, row)
+        assert follower.window is not None and follower.window[0] == target
+        assert follower.closed_at is not None and follower.closed_at < 2500
+
+
+def test_several_targets_are_the_highest_when_the_window_is_over() -> None:
+    curves = [logistic(400, height=h, midpoint=100, width=6) for h in (0.3, 0.7, 0.5, 0.0)]
+    follower = MechanismWindow("abcd", chance=FLOOR, targets=3)
+    for i, row in enumerate(np.stack(curves, 1)):
+        follower.update(10 * i, row)
+    assert [unit for unit, _ in follower.targets] == ["b", "c", "a"]
+    named = MechanismWindow("abcd", chance=FLOOR, targets=["a", "c"])
+    for i, row in enumerate(np.stack(curves, 1)):
+        named.update(10 * i, row)
+    own = dict(named.targets)
+    assert named.window is not None and set(own) == {"a", "c"}
+    assert named.window[1].start == min(w.start for w in own.values())
+    assert named.window[1].end == max(w.end for w in own.values())
+    with pytest.raises(ValueError, match="e is not among the 4 units, a to d"):
+        MechanismWindow("abcd", chance=FLOOR, targets=["e"])

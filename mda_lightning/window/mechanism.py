@@ -16,15 +16,17 @@ Phase = Literal["before", "warned", "open", "closed"]
 Edge = Literal["start", "mid", "end"]
 U = TypeVar("U", bound=Hashable)
 
+_RIVAL = 0.5  # a unit this high, as a share of the leading one, may still overtake it
+
 
 class MechanismWindow(Generic[U]):
     """Follow all units of a mechanism and decide when *its* window is over.
 
     Without names, the mechanism's window is that of the unit that is highest (smoothed) when its
-    own window has closed: at the level at once, on a plateau below it when no other unit is rising
-    any more. The targets are the ``k`` highest of those that rise or have formed then. With names,
-    the window lasts from the first start to the last end of the units named, and is over when all
-    of theirs are.
+    own window has closed: at the level at once, on a plateau below it when no other unit that is
+    at least half as high is rising any more. The targets are the ``k`` highest of those that rise
+    or have formed then. With names, the window lasts from the first start to the last end of the
+    units named, and is over when all of theirs are.
 
     Args:
         units: in the order of the values; heads, or anything else with a name.
@@ -137,7 +139,11 @@ class MechanismWindow(Generic[U]):
         if not formed[top]:
             return False
         level = self.detector.rule.level
-        return (level is not None and ema[top] >= level) or not rising.any()
+        if level is not None and ema[top] >= level:
+            return True
+        chance = self.detector.chance[self._mask]
+        height = self.detector.ema[self._mask] - chance
+        return not (rising & (height >= _RIVAL * (ema[top] - chance[top]))).any()
 
     def _likely(self) -> list[tuple[int, int]]:
         """(unit, start) of at most ``n_targets`` windows, one a unit, the highest unit first."""
