@@ -146,7 +146,8 @@ class WindowDetector:
         """[n_units] which may be about to rise: smoothed, they are more than halfway to the
         threshold and climbing."""
         now = len(self._history) - 1
-        ema, before = self.ema, self._ema[max(now - self.rule.patience, 0) % len(self._ema)]
+        back = max(now - self.rule.slope_span[1] // 2, 0)
+        ema, before = self.ema, self._ema[back % len(self._ema)]
         climbing = ema - before > self._floors.sigma
         return np.asarray(self._armed() & (ema > self._floors.half) & climbing)
 
