@@ -102,17 +102,15 @@ class MechanismWindow(Generic[U]):
         if not targets:
             return None
         unit, window = targets[0]
-        if self.named is None or len(targets) == 1:
-            return unit, window
-        windows = [one for _, one in targets]
-        ends = [one.end for one in windows if one.end is not None]
-        over = self._closed_at is not None
+        windows = [window] if self.named is None else [one for _, one in targets]
+        if self._closed_at is not None:
+            window = replace(window, end=max(w.end for w in windows if w.end is not None))
+        elif window.end_reason != "lapsed":
+            # The unit's own may have ended, while the mechanism's waits for others.
+            window = replace(window, end=None, midpoint=None, end_reason=None, censored=True)
         return unit, replace(
             window,
             start=min(one.start for one in windows),
-            end=max(ends) if over else None,
-            midpoint=window.midpoint if over else None,
-            censored=not over,
             start_censored=any(one.start_censored for one in windows),
         )
 
