@@ -79,7 +79,7 @@ def watching(
         folder=str(folder),
         live=False,
     )
-    window = CriticalWindow(settings.pop("metric", "curve"), **settings)
+    window = CriticalWindow(settings.pop("metric", "curve"), folder=str(folder), **settings)
     return [clock, monitor, window]
 
 
