@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_scheduled_checkpoints import file_size_limit
+from test_scheduled_checkpoints import Rank, file_size_limit
 from training import assert_bit_identical, training_state
 from window_runs import N_STEPS, report_of, run, watching, write_rows
 
 from mda_lightning.callbacks import checkpoint_ring
+from mda_lightning.callbacks.checkpoint_ring import CheckpointRing
 from mda_lightning.corpora import TokenRows
 from mda_lightning.files import write_json
 
@@ -185,3 +187,33 @@ def test_a_ring_that_cannot_be_cleared_does_not_stop_training(
     trainer = run(rows, tmp_path, watching(tmp_path / "run", **SMALL))
     assert trainer.global_step == N_STEPS
     assert report_of(tmp_path / "run")["checkpoints"].keys() == {"start", "mid", "end"}
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_two_ranks_agree_on_what_was_promoted(tmp_path: Path, is_there: bool) -> None:
+    """Only rank 0 looks at the disk and writes; both list the same, and meet in the same calls."""
+    ring_folder = tmp_path / "ring"
+    ring_folder.mkdir()
+    if is_there:
+        (ring_folder / "step-8.ckpt").write_text("whole")
+    meeting, board, results = threading.Barrier(2), [None, None], {}
+
+    def work(rank: int) -> None:
+        trainer: Any = Rank(rank, meeting, board)
+        ring = CheckpointRing(3)
+        # Rank 1 sees another disk.
+        ring.attach(ring_folder if rank == 0 else tmp_path / "none", promoted=tmp_path / "window")
+        ring.steps = [8]
+        available = ring.available(trainer)
+        destination = tmp_path / "window" / "mid-step8.ckpt"
+        results[rank] = available, ring.promote(trainer, 8, destination), ring.n_lost
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results[0] == results[1] == (([8], True, 0) if is_there else ([], False, 1))
+    assert (tmp_path / "window" / "mid-step8.ckpt").exists() == is_there
