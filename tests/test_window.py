@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mda_lightning.window import MechanismWindow, WindowDetector, WindowRule, replay
+from mda_lightning.window import (
+    MechanismWindow,
+    WindowDetector,
+    WindowRule,
+    message_of,
+    replay,
+)
 from mda_lightning.window.fit import refine
+from mda_lightning.window.floor import has_held, noise
 
 FLOOR = 0.052
 
@@ -374,3 +382,140 @@ def test_several_targets_are_the_highest_when_the_window_is_over() -> None:
     assert named.window[1].end == max(w.end for w in own.values())
     with pytest.raises(ValueError, match="e is not among the 4 units, a to d"):
         MechanismWindow("abcd", chance=FLOOR, targets=["e"])
+
+
+def test_infinite_values_are_missing_values() -> None:
+    curve = noisy(logistic(300, height=0.5, midpoint=120, width=6), seed=0)
+    holes = np.flatnonzero(np.random.default_rng(1).random(300) < 0.2)
+    found = []
+    for hole in (np.nan, np.inf, -np.inf):
+        values = curve.copy()
+        values[holes] = hole
+        detector, events = detect(values)
+        found.append((detector.windows(), events, detector.highest.tolist(), detector.state_dict()))
+        assert detector.n_missing[0] == len(holes)
+    np.testing.assert_equal(found[1], found[0])
+    np.testing.assert_equal(found[2], found[0])
+
+
+def test_a_long_gap_inside_a_window_is_no_rest() -> None:
+    curve = noisy(logistic(600, height=0.9, midpoint=320, width=60), seed=0)
+    curve[150:300] = np.nan
+    (window,) = detect(curve)[0].windows()
+    assert window.end is not None and window.end > 3000
+
+
+def test_a_unit_whose_first_values_are_missing_may_have_been_there_before() -> None:
+    values = np.full(60, 0.6)
+    values[:10] = np.nan
+    (window,) = detect(values)[0].windows()
+    assert window.start == 100 and window.start_censored
+
+
+def test_a_head_that_was_there_from_the_first_evaluation_is_not_the_mechanisms_window() -> None:
+    """A run that goes on from a published checkpoint has such heads."""
+    there = np.full(400, 0.5)
+    low = np.full(400, 0.12)
+    rises = logistic(400, height=0.6, midpoint=300, width=6)
+    follower = MechanismWindow("abc", chance=FLOOR)
+    for i, row in enumerate(np.stack([there, low, rises], 1)):
+        if i == 200:
+            assert (follower.phase, follower.window, follower.asks) == ("before", None, False)
+            assert "a, b: above the threshold at the first evaluation" in message_of(follower)
+        follower.update(10 * i, row)
+    assert follower.phase == "closed"
+    assert follower.window is not None and follower.window[0] == "c"
+    named = MechanismWindow("abc", chance=FLOOR, targets=["a"])
+    for i, row in enumerate(np.stack([there, low, rises], 1)):
+        named.update(10 * i, row)
+    assert named.window is not None and named.window[1].start_censored
+
+
+def test_a_rise_that_opens_after_the_lapse_it_began_in_is_a_hand_over() -> None:
+    _, events = detect(noisy(hand_over(gap=36), seed=0))
+    kinds = [(e.kind, e.unit_index) for e in events]
+    assert kinds.index(("lapsed", 0)) < kinds.index(("opened", 1)), "or this tests the other order"
+    handed = [(e.unit_index, e.to_index) for e in events if e.kind == "handed_over"]
+    assert handed == [(0, 1)]
+
+
+def test_windows_of_one_unit_do_not_overlap_and_have_a_length() -> None:
+    rng = np.random.default_rng(0)
+    steps = rng.normal(0.0, 0.03, (500, 60)).cumsum(0) * (rng.random((500, 60)) < 0.3)
+    curves = np.clip(0.05 + np.abs(steps), 0.0, 1.0)
+    detector, _ = detect(curves)
+    ended = 0
+    for unit in range(60):
+        mine = [w for w in detector.windows() if w.unit_index == unit]
+        for window in mine:
+            assert window.end is None or window.end > window.start
+            ended += window.end is not None
+        for one, other in pairwise(mine):
+            assert one.end is not None and one.end < other.start
+    assert ended > 20
+
+
+def test_the_lapse_line_is_at_least_halfway_from_the_floor_to_the_threshold() -> None:
+    """Where chance is high, as for previous-token heads, 0.8 of the threshold is the floor."""
+    chance = 0.113
+    values = np.full(300, chance)
+    values[60:150] = 0.3
+    values += 0.002 * np.random.default_rng(0).normal(size=300)
+    detector = WindowDetector(1, floor=chance)
+    replay(detector, range(0, 3000, 10), values[:, None])
+    assert 0.8 * detector.windows()[0].threshold < chance + 0.005
+    assert detector.states == ["LAPSED"]
+
+
+@pytest.mark.parametrize(
+    ("run", "held"),
+    [
+        ([0.3, 0.4, 0.5, 0.5, 0.55], True),
+        ([0.6, 0.5, 0.4, 0.3, 0.25], False),  # falls off
+        ([0.2, 0.15, 0.2, 0.6, 0.6], False),  # the last two are high, most are not
+        ([0.5, 0.5, 0.5, 0.34, 0.34], False),  # 0.59 of the peak, above the floor
+        ([0.5, 0.5, 0.5, 0.42, 0.42], True),
+    ],
+)
+def test_a_run_has_held_when_its_last_values_are_near_its_peak(run: list, held: bool) -> None:
+    assert has_held(np.array(run), floor=0.1, rule=WindowRule()) is held
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.8])
+@pytest.mark.parametrize("n", [10, 22, 100])
+def test_noise_is_estimated_about_the_trend(n: int, rho: float) -> None:
+    curves = np.stack([ar1(n, sd=0.01, rho=rho, seed=i) for i in range(400)], 1)
+    curves += np.linspace(0.0, 0.2, n)[:, None]
+    estimate = float(np.median(noise(curves)))
+    if rho == 0.0:
+        assert estimate == pytest.approx(0.01, rel=0.2)
+    else:
+        assert 0.004 < estimate < 0.011, "few values of lasting noise look quieter than they are"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"level": float("inf")}, "level=inf must be a finite number; give level=None"),
+        ({"n_sigma": float("nan")}, "n_sigma=nan must be a finite number"),
+        ({"patience": 2.5}, r"patience=2\.5 must be a whole number"),
+        ({"n_early": float("nan")}, "n_early=nan must be a whole number"),
+    ],
+)
+def test_numbers_that_would_fail_later_are_refused(wrong: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        WindowRule(**wrong)
+
+
+def test_a_fit_of_another_rise_is_none() -> None:
+    """Closed at the level at once, refined when it rests: only by a logistic of that window."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        values = np.concatenate([np.full(20, FLOOR), np.full(20, 0.45), np.full(200, 0.45)])
+        values[60:] += 0.3 / (1 + np.exp(-(np.arange(180) - 60) / 8))
+        detector, _ = detect(values + rng.normal(size=240) * 0.01)
+        for window in detector.windows():
+            if window.refined_midpoint is not None:
+                assert window.end is not None and window.refined_start is not None
+                assert window.refined_start <= window.end
+                assert window.refined_midpoint <= 2 * window.end - window.start

@@ -57,18 +57,31 @@ def outcome_of(curves: Curves, windows: list[list[Window]], *, shift: int) -> Ou
         return outcome(curves)
 
 
+#: Ends that the eye sees and the detector does not, as docs/window.md says.
+OPEN = {("records-rate-0.015", "L2H3", 3850), ("layers-4", "L2H0", 5800)}
+
+
 @pytest.mark.parametrize("one", BY_EYE, ids=lambda one: f"{one.run}-{one.unit}-{one.start}")
-def test_recorded_rises_start_where_the_eye_sees_them_start(one: Reading) -> None:
-    panel = PANELS[one.run, one.metric]
-    window = nearest(panel, one)
+def test_recorded_rises_are_where_the_eye_sees_them(one: Reading) -> None:
+    window = nearest(PANELS[one.run, one.metric], one)
     assert window is not None
-    is_second = window.floor > 0.2
-    assert abs(window.start - one.start) <= (300 if is_second else 150)
+    is_second = window.floor > 0.2  # from where noise is large, so that the threshold is high
+    assert abs(window.start - one.start) <= (450 if is_second else 150)
+    still_open = one.end is None or (one.run, one.unit, one.start) in OPEN
+    assert window.censored == still_open
     if one.end is not None and window.end is not None:
         # The eye's end is where a curve rests, which the level of 0.4 does not wait for.
         assert one.start < window.end <= one.end + 400
-    if one.end is None:
-        assert window.censored
+
+
+def test_most_recorded_starts_are_within_five_evaluations_of_the_eyes() -> None:
+    off = []
+    for one in BY_EYE:
+        window = nearest(PANELS[one.run, one.metric], one)
+        assert window is not None
+        if window.floor <= 0.2:
+            off.append(abs(window.start - one.start) / EVERY)
+    assert np.median(off) <= 5.0
 
 
 def test_recorded_curves_that_do_not_rise_have_no_window() -> None:

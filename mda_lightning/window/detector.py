@@ -73,6 +73,8 @@ class WindowDetector:
         self._state = np.full(n, _PRE, np.int8)
         self._start = np.zeros(n, np.int64)
         self._start_row = np.zeros(n, np.int64)
+        self._first_row = np.full(n, -1, np.int64)  # first finite value
+        self._end_row = np.full(n, -1, np.int64)  # last window's end
         self._above_run = np.zeros(n, np.int64)
         self._level_run = np.zeros(n, np.int64)
         self._low_run = np.zeros(n, np.int64)
@@ -87,7 +89,7 @@ class WindowDetector:
         self.n_missing = np.zeros(n, np.int64)
         """Per unit, evaluations that were not finite; they change nothing."""
         self.n_repeated = 0
-        """Evaluations whose step was the last one again; they change nothing."""
+        """Evaluations, since this object began, whose step was the last one again: ignored."""
 
     # -- what can be read ---------------------------------------------------------------------
 
@@ -129,6 +131,11 @@ class WindowDetector:
         return np.asarray(self._state == _RISING)
 
     @property
+    def start_censored(self) -> Mask:
+        """[n_units] whose window at hand, or last one, began at their very first evaluation."""
+        return np.asarray(self._start_row <= np.maximum(self._first_row, 0))
+
+    @property
     def formed(self) -> Mask:
         """[n_units] which have formed and not lapsed."""
         return np.asarray(self._state == _FORMED)
@@ -162,13 +169,9 @@ class WindowDetector:
 
     def windows(self) -> list[Window]:
         """Every window so far, by start then unit; open ones are censored and have no end."""
-        found = [self._window(w.unit_index, ended=w) for w in self._ended]
-        found += [self._window(int(i), ended=None) for i in np.flatnonzero(self._state == _RISING)]
+        found = self._ended + [self._open_window(int(i)) for i in np.flatnonzero(self.rising)]
+        found = [replace(w, state=STATES[self._state[w.unit_index]]) for w in found]
         return sorted(found, key=lambda w: (w.start, w.unit_index))
-
-    def _window(self, unit: int, *, ended: Window | None) -> Window:
-        state = STATES[self._state[unit]]
-        return replace(ended or self._open_window(unit), state=state)
 
     def _open_window(self, unit: int) -> Window:
         floor, threshold = (float(x) for x in self._from[:, unit])
@@ -180,7 +183,7 @@ class WindowDetector:
             end_reason=None,
             state="RISING",
             censored=True,
-            start_censored=bool(self._start_row[unit] == 0),
+            start_censored=bool(self.start_censored[unit]),
             floor=floor,
             threshold=threshold,
         )
@@ -196,20 +199,17 @@ class WindowDetector:
         Raises:
             ValueError: another number of values, or a step before the last one.
         """
-        given = np.asarray(values, np.float32).reshape(-1)
+        given = np.array(values, np.float32).reshape(-1)
         if given.shape != (self.n_units,):
             raise ValueError(f"{len(given)} values for {self.n_units} units at step {step}")
-        last = self.last_step
-        if last is not None and step == last:
+        if not self._history.admits(step):
             self.n_repeated += 1
             return []
-        if last is not None and step < last:
-            raise ValueError(
-                f"step {step} comes after step {self.last_step}: evaluations must be in order; "
-                "sort them, or begin again with a new detector"
-            )
-        new, finite = given.astype(np.float64), np.isfinite(given)
+        finite = np.isfinite(given)
+        given[~finite] = np.nan
+        new = given.astype(np.float64)
         self.n_missing += ~finite
+        self._first_row[finite & (self._first_row < 0)] = len(self._history)
         self._append(step, given, new, finite)
         events = self._open(step, new, finite)
         self._floors.take(new, self._is_calm())
@@ -237,9 +237,8 @@ class WindowDetector:
     def _append(self, step: int, given: NDArray[np.float32], new: Floats, finite: Mask) -> None:
         before = self.ema
         safe = np.where(finite, new, before)
-        self._ema[len(self._history) % len(self._ema)] = np.where(
-            np.isnan(before), safe, before + self.rule.smoothing * (safe - before)
-        )
+        ema = np.where(np.isnan(before), safe, before + self.rule.smoothing * (safe - before))
+        self._ema[len(self._history) % len(self._ema)] = ema
         self._history.append(step, given)
 
     def _open(self, step: int, new: Floats, finite: Mask) -> list[WindowEvent]:
@@ -258,7 +257,7 @@ class WindowDetector:
             opened[unit] = has_held(run, floor=floor[unit], rule=self.rule)
         for unit in np.flatnonzero(opened & self._floors.is_plateau):
             row = last_above(self._history.values[:, unit], self._floors.half[unit], self.rule)
-            row = max(row, int(self._start_row[unit]) - self.rule.n_early)
+            row = max(row, int(self._start_row[unit]) - self.rule.n_early, self._end_row[unit] + 1)
             self._start_row[unit], self._start[unit] = row, self._history.steps[row]
         if opened.any():
             self._begin(opened)
@@ -336,6 +335,7 @@ class WindowDetector:
             self._floors.rest_at(unit, ema)
 
     def _end(self, unit: int, step: int, reason: EndReason) -> None:
+        self._end_row[unit] = len(self._history) - 1
         steps, values = self._curve(unit)
         window = replace(self._open_window(unit), end=step, end_reason=reason, censored=False)
         if reason == "plateau":

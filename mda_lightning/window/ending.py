@@ -26,7 +26,10 @@ def is_at_rest(values: NDArray[np.floating[Any]], *, floor: float, rule: WindowR
         rule: thresholds.
     """
     span = max(rule.slope_span[1] // 2, len(values) // 4)
-    lately, before = np.nanmean(values[-span:]), np.nanmean(values[-2 * span : -span])
+    parts = [part[np.isfinite(part)] for part in (values[-span:], values[-2 * span : -span])]
+    if not all(len(part) for part in parts):
+        return False
+    lately, before = (float(np.mean(part, dtype=np.float64)) for part in parts)
     return bool(abs(lately - before) < rule.plateau_slope * (lately - floor))
 
 
@@ -45,17 +48,27 @@ def plateau_end(window: Window, steps: Array, values: Array, *, rule: WindowRule
     top = float(np.mean(y[-rule.slope_span[0] :]))
     smooth = lfilter([rule.smoothing], [1.0, rule.smoothing - 1.0], y)
     reached = smooth >= rule.plateau_done * top
-    return int(x[int(np.argmax(reached))]) if reached.any() else int(x[-1])
+    row = int(np.argmax(reached)) if reached.any() else len(x) - 1
+    return int(x[min(max(row, 1), len(x) - 1)])
 
 
 def refined(window: Window, steps: Array, values: Array, *, until: int) -> Window:
-    """The window with the logistic fitted to its curve up to ``until``, where one fits."""
+    """The window with the logistic fitted to its curve up to ``until``, where one fits.
+
+    A fit whose midpoint lies outside the window and beyond what followed by as much again is of
+    another rise. One that has done its first 10% before the first evaluation has no start.
+    """
     fit = refine(steps, values, start=window.start, end=until)
-    if fit is None:
+    assert window.end is not None
+    reach = window.end - window.start
+    if fit is None or fit.start > window.end or fit.midpoint > window.end + reach:
+        return window
+    low, high = fit.midpoint_interval
+    if high - low > steps[-1] - steps[0]:
         return window
     return replace(
         window,
-        refined_start=round(max(fit.start, steps[0])),
+        refined_start=round(fit.start) if fit.start >= steps[0] else None,
         refined_midpoint=round(fit.midpoint),
         refined_end=round(fit.end),
         midpoint_interval=fit.midpoint_interval,

@@ -145,7 +145,8 @@ def noise(values: Floats) -> Floats:
     lag = min(_LONGEST_LAG, len(values) // 2)
     changes = values[lag:] - values[: len(values) - lag]
     mad = np.median(np.abs(changes - np.median(changes, axis=0)), axis=0)
-    return np.asarray(_MAD_TO_SIGMA * mad / math.sqrt(2.0))
+    few = 1.0 + 6.6 / len(values) ** 1.35  # white noise in so few values comes out too low by it
+    return np.asarray(few * _MAD_TO_SIGMA * mad / math.sqrt(2.0))
 
 
 def has_held(run: NDArray[np.floating[Any]], *, floor: float, rule: WindowRule) -> bool:

@@ -32,7 +32,7 @@ def hand_overs(
         last_high: [n_units] steps at which each unit was last near its maximum.
         lapsed_at: [n_units] steps at which those lapsed that still are; else -1.
     """
-    found = []
+    found: dict[tuple[int, int], WindowEvent] = {}  # a lapse and a rise may fall on one evaluation
     for event in events:
         unit = event.unit_index
         pairs: list[tuple[int, int]] = []
@@ -43,9 +43,9 @@ def hand_overs(
             pairs = [(unit, other) for other in sorted(rose)]
         elif event.kind == "opened":
             pairs = [(int(other), unit) for other in np.flatnonzero(lapsed_at >= event.start)]
-        found += [
-            WindowEvent("handed_over", one, event.step, event.start, None, other)
-            for one, other in pairs
-            if one != other
-        ]
-    return found
+        for one, other in pairs:
+            if one != other:
+                found[one, other] = WindowEvent(
+                    "handed_over", one, event.step, event.start, None, other
+                )
+    return list(found.values())

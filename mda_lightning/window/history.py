@@ -25,6 +25,22 @@ class History:
     def values(self) -> NDArray[np.float32]:
         return self._values[: self._n]
 
+    def admits(self, step: int) -> bool:
+        """Whether ``step`` may be appended; False where it is the last one again.
+
+        Raises:
+            ValueError: it lies before the last one, or is no whole number.
+        """
+        if step != int(step):
+            raise ValueError(f"step {step}: optimizer steps are whole numbers")
+        last = int(self.steps[-1]) if self._n else None
+        if last is not None and step < last:
+            raise ValueError(
+                f"step {step} comes after step {last}: evaluations must be in order; sort them, or "
+                "begin again with a new detector"
+            )
+        return step != last
+
     @property
     def newest(self) -> NDArray[np.float64]:
         """[n_units] the last values, finite or not; NaN before the first."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mda_lightning.window.detector import WindowDetector
 from mda_lightning.window.rule import Window, WindowEvent, WindowRule
@@ -15,6 +15,7 @@ from mda_lightning.window.rule import Window, WindowEvent, WindowRule
 Phase = Literal["before", "warned", "open", "closed"]
 Edge = Literal["start", "mid", "end"]
 U = TypeVar("U", bound=Hashable)
+Mask = NDArray[np.bool_]
 
 _RIVAL = 0.5  # a unit this high, as a share of the leading one, may still overtake it
 
@@ -25,8 +26,9 @@ class MechanismWindow(Generic[U]):
     Without names, the mechanism's window is that of the unit that is highest (smoothed) when its
     own window has closed: at the level at once, on a plateau below it when no other unit that is
     at least half as high is rising any more. The targets are the ``k`` highest of those that rise
-    or have formed then. With names, the window lasts from the first start to the last end of the
-    units named, and is over when all of theirs are.
+    or have formed then. A unit that was above its threshold at the first evaluation does not count:
+    when it formed was not seen. With names, the window lasts from the first start to the last end
+    of the units named, and is over when all of theirs are.
 
     Args:
         units: in the order of the values; heads, or anything else with a name.
@@ -125,8 +127,19 @@ class MechanismWindow(Generic[U]):
             self._settle()
         return [e for e in events if e.unit_index in watched or e.to_index in watched]
 
+    def _risen(self) -> tuple[Mask, Mask]:
+        """Of the units watched, which rise and which have formed.
+
+        Without names, one that was there from the first evaluation is neither: when it formed was
+        not seen.
+        """
+        seen = np.ones(len(self.watched), np.bool_)
+        if self.named is None:
+            seen = ~self.detector.start_censored[self._mask]
+        return self.detector.rising[self._mask] & seen, self.detector.formed[self._mask] & seen
+
     def _is_over(self) -> bool:
-        rising, formed = (mask[self._mask] for mask in (self.detector.rising, self.detector.formed))
+        rising, formed = self._risen()
         if self.named is not None:
             return bool(formed.all())
         risen = rising | formed
@@ -148,7 +161,7 @@ class MechanismWindow(Generic[U]):
         ema, states = self.detector.ema, self.detector.states
         last: dict[int, Window] = {}
         for window in self.detector.windows():  # by start
-            if window.unit_index in self.watched:
+            if window.unit_index in self.watched and (self.named or not window.start_censored):
                 former = last.get(window.unit_index)
                 if former is None or not _is_kept(former, window):
                     last[window.unit_index] = window
@@ -162,7 +175,7 @@ class MechanismWindow(Generic[U]):
         if self._closed_at is not None:
             self.phase = "closed"
             return
-        rising, formed = (mask[self._mask] for mask in (self.detector.rising, self.detector.formed))
+        rising, formed = self._risen()
         warned = self.detector.warned[self._mask]
         if rising.any() or formed.any():
             self.phase = "open"

@@ -107,6 +107,13 @@ def message_of(follower: MechanismWindow[Any]) -> str:
         return "no finite score was measured"
     if found is None:
         watched = follower.watched
+        there = [str(units[w.unit_index]) for w in detector.windows() if w.start_censored]
+        if there:
+            return (
+                f"{', '.join(there)}: above the threshold at the first evaluation already, so when "
+                "it formed was not seen; no other window had opened by step "
+                f"{detector.last_step}"
+            )
         best = watched[int(np.nanargmax(highest[watched]))]
         return (
             f"no window had opened by step {detector.last_step}: the highest score was "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -51,6 +52,7 @@ class WindowRule:
     """A window that closes on a plateau ended where this share of its rise was done."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if not self.minimum_up > 0.0:
             raise ValueError(
                 f"minimum_up={self.minimum_up} must be above 0, as shares of thresholds count; "
@@ -87,6 +89,18 @@ class WindowRule:
         for name in ("n_sigma", "minimum_sigma", "minimum_rise", "plateau_rise"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+    def _check_kinds(self) -> None:
+        for name, value in asdict(self).items():
+            counts = name in ("n_early", "guard", "patience", "slope_span")
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if one is None and name == "level":
+                    continue
+                kind = int if counts else (int, float)
+                if isinstance(one, bool) or not isinstance(one, kind) or not math.isfinite(one):
+                    what = "a whole number of evaluations" if counts else "a finite number"
+                    way = "; give level=None to close on a plateau only" if name == "level" else ""
+                    raise ValueError(f"{name}={value} must be {what}{way}")
 
     def settings(self) -> dict[str, float | int | list[int]]:
         """The thresholds as JSON values."""
@@ -138,9 +152,11 @@ class Window:
     threshold: float
     """The value above which the window opened."""
     refined_start: int | None = None
-    """Where the logistic has done 10% of its rise; None where no logistic fits, as below."""
+    """Where the logistic has done 10% of its rise; None where no logistic fits, as below, or where
+    that would be before the first evaluation."""
     refined_midpoint: int | None = None
     refined_end: int | None = None
     """... 90%; past the data while the rise goes on."""
     midpoint_interval: tuple[int, int] | None = None
-    """95% interval of ``refined_midpoint``."""
+    """Interval of ``refined_midpoint``, nominally 95%: where the curve is no logistic, as one that
+    creeps on after its rise, it covers less."""
