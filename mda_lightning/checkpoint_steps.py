@@ -198,11 +198,16 @@ class CheckpointSteps:
         ``last``                                the run's last step
         ``pythia``                              :data:`PYTHIA`
         ======================================  ====================================================
+
+        A number such as ``1,500`` is refused: write ``1500``, or ``1, 500`` for two steps.
         """
-        if _THOUSANDS.search(text):
+        if found := _THOUSANDS.search(text):
+            number = found[0]
+            n_terms = number.count(",") + 1
             raise ValueError(
-                f"{text!r}: a comma separates terms, so this may not mean what it looks like; "
-                "write numbers without commas, and a space after each comma between terms"
+                f"{text!r}: a comma separates terms, so {number!r} may be one number or "
+                f"{n_terms} steps; write {number.replace(',', '')} without a separator, or "
+                f"{number.replace(',', ', ')!r} for {n_terms} steps"
             )
         if not text.strip():
             raise ValueError(f"a schedule without steps; write {FORMS}")
@@ -294,8 +299,8 @@ _STEP = re.compile(_NUMBER)
 _POWERS = re.compile(rf"log{_NUMBER}\.\.{_NUMBER}")
 _LOG_SPACED = re.compile(rf"{_NUMBER} log-spaced in {_NUMBER}\.\.{_NUMBER}")
 _EVERY = re.compile(rf"every {_NUMBER}(?: in {_NUMBER}\.\.{_NUMBER}?)?")
-# "every 1,500" would be every step, and step 500.
-_THOUSANDS = re.compile(r"(?:every\s+|log|\.\.)\d{1,3},\d{3}(?!\d)", re.IGNORECASE)
+# "1,500" would be steps 1 and 500, "every 1,500" every step, and step 500.
+_THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)")
 
 
 def _term(text: str) -> CheckpointSteps:
