@@ -37,20 +37,31 @@ examples:
 exit codes: 0 done, 1 an error that the message names, 2 wrong usage, 130 interrupted
 """
 
+_GOES_ON = "what was finished is kept: the same command goes on from there"
+_INTERRUPTED = {
+    "quickstart": _GOES_ON,
+    "monitor": _GOES_ON,
+    "fit": "to go on from a checkpoint of the run, add --ckpt_path FILE",
+    "data": "no corpus is kept, as it is written whole: the same command begins anew",
+    "report": "the study is as it was, its report may not be: the same command builds it anew",
+    "window": "nothing is kept, as files are written at the end: the same command begins anew",
+}
+"""Command -> what its interruption leaves."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["fit"]:
         # LightningCLI parses its own arguments, and has its own --help.
-        return _guarded(lambda: _fit(arguments[1:]))
+        return _guarded("fit", lambda: _fit(arguments[1:]))
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:
         parser.print_help()
         return EXIT_USAGE
     run: Callable[[argparse.Namespace], int] = options.run
-    return _guarded(lambda: run(options))
+    return _guarded(options.command, lambda: run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mda-lightning {__version__}")
     parser.set_defaults(run=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     add_quickstart(commands)
     commands.add_parser(
         "fit",
@@ -84,11 +95,11 @@ def _fit(arguments: list[str]) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Being told to stop is an interruption like Ctrl-C: processes are stopped, work is kept."""
+    """Being told to stop is an interruption like Ctrl-C: what follows it is the same."""
     raise KeyboardInterrupt
 
 
-def _guarded(run: Callable[[], int]) -> int:
+def _guarded(command: str, run: Callable[[], int]) -> int:
     """Turn the errors that a user can mend into one line; others keep their traceback."""
     from mda_lightning.recipes.jobs import JobError
 
@@ -98,10 +109,7 @@ def _guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; what was finished is kept: the same command goes on from there",
-            file=sys.stderr,
-        )
+        print(f"\ninterrupted; {_INTERRUPTED[command]}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, OSError, JobError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +31,12 @@ from mda_lightning.window import (
 
 WINDOWS_NAME = "windows.json"
 SCHEMA_VERSION = 1
+KIND = "critical_windows"
 
 Floats = NDArray[np.float64]
 
 _NOT_IN_NAMES = re.compile(r"[^\w.@+-]+")
+_FIGURE = re.compile(r"windows-[\w.@+-]+\.png")
 _TOLD = ("opened", "closed", "lapsed", "handed_over")
 
 
@@ -63,7 +66,8 @@ def find_windows(
 ) -> dict[str, Any]:
     """Follow a recorded table as :class:`~mda_lightning.callbacks.CriticalWindow` follows a run.
 
-    Writes ``windows.json`` and one ``windows-<metric>.png`` a metric.
+    Writes ``windows.json`` and one ``windows-<metric>.png`` a metric. A folder holds the metrics of
+    the last call: figures that the ``windows.json`` of an earlier one names are removed.
 
     Args:
         path: a table, or a folder that holds exactly one; see
@@ -114,7 +118,7 @@ def find_windows(
         }
     content = {
         "schema_version": SCHEMA_VERSION,
-        "kind": "critical_windows",
+        "kind": KIND,
         "provenance": {
             "table": str(table.path),
             "sha256": table.sha256,
@@ -123,13 +127,26 @@ def find_windows(
         },
         "metrics": found,
     }
+    former = _former_figures(folder)
     for picture, data in pictures.items():
         with atomic_path(folder / picture) as part:
             part.write_bytes(data)
     write_json(folder / WINDOWS_NAME, content)
-    for stale in set(folder.glob("windows-*.png")) - {folder / name for name in pictures}:
-        stale.unlink()
+    for stale in former - set(pictures):
+        (folder / stale).unlink(missing_ok=True)
     return content
+
+
+def _former_figures(folder: Path) -> set[str]:
+    """Names of the figures that an earlier call wrote, as its ``windows.json`` has them."""
+    try:
+        former = json.loads((folder / WINDOWS_NAME).read_text("utf-8"))
+        if former["kind"] != KIND:
+            return set()
+        names = {report["figure"] for report in former["metrics"].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()  # none, or no file of ours
+    return {name for name in names if isinstance(name, str) and _FIGURE.fullmatch(name)}
 
 
 def _chosen(table: RecordedTable, metric: str | None, floor: float | None) -> dict[str, float]:
