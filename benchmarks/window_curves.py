@@ -2,8 +2,7 @@
 
 One Parquet file a run, every head of both kinds every 10 steps, from before the first step until
 1,500 steps after some head's induction score has passed 0.35. A run that is there is not made
-again. About four minutes a run on one thread. ``--keep FILE`` then gathers the three highest heads
-of each kind of every run in one small file.
+again. About four minutes a run on one thread. ``--keep FILE`` then gathers all of them in one file.
 """
 
 from __future__ import annotations
@@ -114,23 +113,23 @@ def record(name: str, folder: Path) -> Path:
 
 
 def keep(folder: Path, path: Path) -> Path:
-    """Gather the three highest heads of each kind of every run in one small Parquet file.
+    """Gather every head of both kinds of every run in one Parquet file.
 
-    Columns: run, metric, chance, unit, step, value (to four places).
+    Columns: run, metric, chance, unit, step, value (to three places).
     """
     parts = []
     for name in RUNS:
         table = read_table(folder / f"{name}.parquet")
         for metric, chance in chance_values(table).items():
             curves = table.curves(metric)
-            for unit in np.argsort(-np.nanmax(curves.values, 0))[:3]:
+            for unit in range(len(curves.units)):
                 part = {
                     "run": name,
                     "metric": metric,
                     "chance": chance,
                     "unit": curves.units[unit],
                     "step": curves.steps.astype(np.int32),
-                    "value": curves.values[:, unit].round(4).astype(np.float32),
+                    "value": curves.values[:, unit].round(3).astype(np.float32),
                 }
                 parts.append(pd.DataFrame(part))
     note = {
@@ -153,7 +152,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.window_curves", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="gather the highest heads there")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="gather the curves there")
     options = parser.parse_args()
     if unknown := set(options.names) - set(RUNS):
         parser.error(f"no run {sorted(unknown)[0]!r}; there are: {', '.join(RUNS)}")

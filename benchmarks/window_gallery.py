@@ -144,6 +144,23 @@ def rows(found: list[Panel]) -> list[str]:
     return lines
 
 
+def targets(found: list[Panel]) -> list[str]:
+    """A Markdown table: the mechanism's own target and window, and how many heads have windows."""
+    lines = [
+        "| run | kind | the mechanism's target and window | heads with a window | of |",
+        "|---|---|---|---|---|",
+    ]
+    for panel in found:
+        window = panel.follower.window
+        words = (
+            "none" if window is None else f"{window[0]}, {_span(window[1].start, window[1].end)}"
+        )
+        risen = {w.unit_index for w in panel.follower.detector.windows()}
+        kind, n_units = panel.metric.replace("_", " "), len(panel.curves.columns)
+        lines.append(f"| {panel.run} | {kind} | {words} | {len(risen)} | {n_units} |")
+    return lines
+
+
 def _span(start: int, end: int | None) -> str:
     return f"{start:,} to {'...' if end is None else f'{end:,}'}"
 
@@ -162,7 +179,8 @@ def draw(found: list[Panel]) -> Figure:
 
 def _draw_panel(ax: Axes, panel: Panel) -> None:
     lead = max(panel.curves.columns, key=lambda unit: float(panel.curves[unit].max()))
-    for unit in panel.curves.columns:
+    highest = panel.curves.max().sort_values(ascending=False).index
+    for unit in reversed(highest[:4]):
         style = {"color": LIGHT.accent, "linewidth": 1.1} if unit == lead else {"color": "#b6bcc4"}
         ax.plot(panel.curves.index, panel.curves[unit], **{"linewidth": 0.7, **style})
     ax.axhline(panel.chance, color=LIGHT.muted, linestyle=":", linewidth=0.9)
@@ -210,7 +228,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args()
     found = panels()
-    print("\n".join(rows(found)))
+    print("\n".join([*rows(found), "", *targets(found)]))
     drawn = io.BytesIO()
     draw(found).savefig(drawn, dpi=80)
     with atomic_path(options.figure) as part:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from benchmarks.interleaved import Timing, interleaved, ratio
-from benchmarks.monitoring_costs import pythia_step
+from benchmarks.interleaved import interleaved
 from mda_lightning.window import MechanismWindow, Window, WindowDetector, WindowRule, replay
 
 Array = NDArray[np.float64]
@@ -27,6 +28,7 @@ N_EVALUATIONS = 600
 CHANCE = 0.052
 EARLY_STEPS = 200
 _RISE = 0.2
+_LOUD = (0.015, 0.03)
 _LEVEL_NOISE = 0.04  # a head's noise grows with its score: 0.02 at 0.5 in runs of our own
 _UNITS = 1000
 _LN9 = float(np.log(9.0))
@@ -36,19 +38,21 @@ _LN9 = float(np.log(9.0))
 class Curves:
     """Curves of one kind: values and noise-free courses [n, N_EVALUATIONS], sigma [n].
 
-    ``middles`` [n, k] are the evaluations at which each of a curve's k rises is half done.
+    ``floor`` [n] is what the course lies at before it rises, ``middles`` [n, k] the evaluations at
+    which each of a curve's k rises is half done.
     """
 
     values: Array
     course: Array
     sigma: Array
+    floor: Array
     middles: Array
     rule: WindowRule = field(default_factory=WindowRule)
 
     @property
     def true_start(self) -> NDArray[np.int64]:
         """Per curve, the evaluation at which the course is first above its threshold; -1: never."""
-        up = np.maximum(self.rule.minimum_up, self.course[:, 0] + self.rule.n_sigma * self.sigma)
+        up = np.maximum(self.rule.minimum_up, self.floor + self.rule.n_sigma * self.sigma)
         above = self.course > up[:, None]
         return np.where(above.any(1), above.argmax(1), -1)
 
@@ -57,7 +61,7 @@ class Curves:
         """Per curve, the evaluation at which the course has passed the level, or, where it stays
         under it, has done 90% of its rise; -1 within 0.05 of the level, where either may be, and
         where there is not one rise."""
-        top, low = self.course[:, -1], self.course[:, 0]
+        top, low = self.course[:, -1], self.floor
         level = self.rule.level or np.inf
         line = np.where(top > level, level, low + 0.9 * (top - low))
         reached = (self.course >= line[:, None]).argmax(1)
@@ -75,31 +79,74 @@ def ar1(rng: np.random.Generator, n: int, sigma: Array, rho: Array) -> Array:
     return noise * sigma[:, None]
 
 
-def _noisy(rng: np.random.Generator, course: Array, middles: Array | None = None) -> Curves:
+def _noisy(
+    rng: np.random.Generator,
+    course: Array,
+    middles: Array | None = None,
+    *,
+    sigmas: tuple[float, float] = (0.001, 0.015),
+    floor: Array | float = CHANCE,
+) -> Curves:
     n = len(course)
-    sigma = np.exp(rng.uniform(np.log(0.001), np.log(0.015), n))
+    sigma = np.exp(rng.uniform(*np.log(sigmas), n))
     rho = rng.uniform(0.0, 0.95, n)
     wider = np.sqrt(1 + (_LEVEL_NOISE * (course - CHANCE) / sigma[:, None]) ** 2)
     if middles is None:
         middles = np.zeros((n, 0))
-    return Curves(course + wider * ar1(rng, n, sigma, rho), course, sigma, middles)
+    return Curves(
+        course + wider * ar1(rng, n, sigma, rho), course, sigma, np.broadcast_to(floor, n), middles
+    )
 
 
-def rises(rng: np.random.Generator, n: int) -> Curves:
-    """Sigmoids of heights 0.2 to 0.9 whose 10-90% lasts 30 to 2,000 steps, the first 10% done at
-    evaluation 8 or later."""
+def _sigmoids(
+    rng: np.random.Generator, n: int, *, lengths: tuple[float, float] = (3.0, 200.0)
+) -> tuple[Array, Array]:
+    """Courses [n, N_EVALUATIONS] of heights 0.2 to 0.9, the first 10% done at evaluation 8 or
+    later, and their middles [n, 1]; ``lengths`` of the 10-90% in evaluations."""
     at = np.arange(N_EVALUATIONS)
-    length = np.exp(rng.uniform(np.log(3.0), np.log(200.0), n))
-    begin = rng.uniform(8.0, N_EVALUATIONS - 1.6 * length - 40.0)
+    length = np.exp(rng.uniform(*np.log(lengths), n))
+    last = np.maximum(N_EVALUATIONS - 1.6 * length - 40.0, 9.0)
+    begin = rng.uniform(8.0, last)
     middle, width = begin + length / 2, length / (2 * _LN9)
     high = rng.uniform(_RISE, 0.9, n)
     course = CHANCE + high[:, None] * expit((at - middle[:, None]) / width[:, None])
-    return _noisy(rng, course, middle[:, None])
+    return course, middle[:, None]
+
+
+def rises(rng: np.random.Generator, n: int) -> Curves:
+    """Sigmoids of heights 0.2 to 0.9 whose 10-90% lasts 30 to 2,000 steps."""
+    return _noisy(rng, *_sigmoids(rng, n))
+
+
+def slow_rises(rng: np.random.Generator, n: int) -> Curves:
+    """The same over 2,000 to 3,400 steps."""
+    return _noisy(rng, *_sigmoids(rng, n, lengths=(200.0, 340.0)))
+
+
+def noisy_rises(rng: np.random.Generator, n: int) -> Curves:
+    """Rises with a noise of 0.015 to 0.03 at the floor."""
+    return _noisy(rng, *_sigmoids(rng, n), sigmas=_LOUD)
+
+
+def high_floors(rng: np.random.Generator, n: int) -> Curves:
+    """Rises from floors that lie 0.01 to 0.04 above the chance value."""
+    course, middles = _sigmoids(rng, n)
+    above = rng.uniform(0.01, 0.04, n)
+    return _noisy(rng, course + above[:, None], middles, floor=CHANCE + above)
+
+
+def _flat(rng: np.random.Generator, n: int, **noise: Any) -> Curves:
+    return _noisy(rng, np.full((n, N_EVALUATIONS), CHANCE), **noise)
 
 
 def flat(rng: np.random.Generator, n: int) -> Curves:
     """Nothing happens."""
-    return _noisy(rng, np.full((n, N_EVALUATIONS), CHANCE))
+    return _flat(rng, n)
+
+
+def noisy_flat(rng: np.random.Generator, n: int) -> Curves:
+    """Nothing happens, with a noise of 0.015 to 0.03."""
+    return _flat(rng, n, sigmas=_LOUD)
 
 
 def drifts(rng: np.random.Generator, n: int) -> Curves:
@@ -134,6 +181,19 @@ def bursts(rng: np.random.Generator, n: int) -> Curves:
     return _with_spikes(rng, n, apart=1)
 
 
+def rounded(rng: np.random.Generator, n: int) -> Curves:
+    """Spikes 200 steps or more apart that come and go as a Gaussian, two to five evaluations wide
+    at half their height of 0.05 to 0.6: the wider ones are above the threshold for longer than the
+    rule's five evaluations."""
+    curves = flat(rng, n)
+    at = np.arange(N_EVALUATIONS)
+    for row in curves.values:
+        for middle in np.arange(20, N_EVALUATIONS - 20, 40)[: rng.integers(1, 13)]:
+            width = rng.uniform(2.0, 5.0) / 2.355
+            row += rng.uniform(0.05, 0.6) * np.exp(-(((at - middle) / width) ** 2) / 2)
+    return curves
+
+
 def two_steps(rng: np.random.Generator, n: int) -> Curves:
     """A rise to 0.2 to 0.35, 600 to 2,000 steps later a second one by 0.2 to 0.4."""
     at = np.arange(N_EVALUATIONS)
@@ -154,9 +214,15 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Curves]] = {
     "flat": flat,
     "drifts": drifts,
     "spikes": spikes,
-    "bursts of spikes": bursts,
     "two steps": two_steps,
+    "beyond: rises of 2,000 to 3,400 steps": slow_rises,
+    "beyond: rises in noise of 0.015 to 0.03": noisy_rises,
+    "beyond: flat in noise of 0.015 to 0.03": noisy_flat,
+    "beyond: floor 0.01 to 0.04 above chance": high_floors,
+    "beyond: rounded spikes": rounded,
+    "beyond: bursts of spikes": bursts,
 }
+"""What the detector is made for, and what lies beyond it."""
 
 
 def detect(curves: Curves) -> list[list[Window]]:
@@ -179,6 +245,7 @@ class Outcome:
         missed: rises of which no window starts at the true start, or less than 200 steps earlier,
             and before the rise is over.
         start, end: median absolute errors of the window nearest to the true start.
+        start_90: the start's 90th percentile.
         midpoint: the same of the logistic's midpoint.
         covered: logistic midpoints whose 95% interval holds the true one.
         second: curves of two rises with a later window about the middle of the second, 100 steps
@@ -189,6 +256,7 @@ class Outcome:
     early: float
     missed: float
     start: float
+    start_90: float
     end: float
     midpoint: float
     covered: float
@@ -240,7 +308,8 @@ def outcome(curves: Curves) -> Outcome:
         sum(map(bool, found)) / n,
         n_early / n,
         n_missed / n,
-        *(float(np.median(x)) if x else np.nan for x in (starts, ends, midpoints)),
+        *(float(np.quantile(starts, q)) if starts else np.nan for q in (0.5, 0.9)),
+        *(float(np.median(x)) if x else np.nan for x in (ends, midpoints)),
         *(float(np.mean(x)) if x else np.nan for x in (covered, second)),
     )
 
@@ -252,7 +321,7 @@ def simulated(rounds: int) -> Rows:
         found = [outcome(make(np.random.default_rng(seed), 1000)) for seed in range(rounds)]
         for name, what, scale in _FIGURES:
             values = sorted(scale * float(getattr(one, name)) for one in found)
-            has_rise = kind in ("rises", "two steps")
+            has_rise = bool(make(np.random.default_rng(0), 1).middles.size)
             if not np.isnan(values).any() and has_rise != (name == "opened"):
                 yield f"{kind}: {what}", (values[len(values) // 2], values[0], values[-1])
 
@@ -262,6 +331,7 @@ _FIGURES = (
     ("early", "start more than 200 steps early, %", 100.0),
     ("missed", "missed, %", 100.0),
     ("start", "error of the start, median", 1.0),
+    ("start_90", "error of the start, 90th percentile", 1.0),
     ("end", "error of the end, median", 1.0),
     ("midpoint", "error of the logistic's midpoint, median", 1.0),
     ("covered", "midpoints inside their 95% interval, %", 100.0),
@@ -270,34 +340,28 @@ _FIGURES = (
 
 
 def cost(rounds: int) -> Rows:
-    """1,000 units, one in fifty of which rises, against a training step at Pythia-14M's shape."""
+    """1,000 units: none, one in fifty, or all of them rise within 6,000 steps."""
     rng = np.random.default_rng(0)
-    course = np.full((_UNITS, N_EVALUATIONS), CHANCE)
-    risen = rises(rng, _UNITS // 50).course
-    course[: len(risen)] = risen
-    values = (course + 0.004 * rng.normal(size=course.shape)).astype(np.float32).T
-    train, n_steps_a_call = pythia_step()
+    for what, n_rising in (("none rises", 0), ("one in fifty rises", 20), ("all rise", _UNITS)):
+        course = np.full((_UNITS, N_EVALUATIONS), CHANCE)
+        if n_rising:
+            course[:n_rising] = rises(rng, n_rising).course
+        values = (course + 0.004 * rng.normal(size=course.shape)).astype(np.float32).T
+        follow = partial(_follow, values)
+        seconds = sorted(interleaved({"follow": follow}, rounds=rounds)["follow"].seconds)
+        micro = [1e6 * one / N_EVALUATIONS for one in seconds]
+        yield (
+            f"1,000 heads, {what}: one evaluation, in microseconds",
+            (micro[len(micro) // 2], micro[0], micro[-1]),
+        )
+        limits = [one / EVERY / 100 for one in micro]
+        yield (
+            "... every 10 steps, under 0.01% of a step from this length on, in seconds",
+            (limits[len(limits) // 2], limits[0], limits[-1]),
+        )
 
-    def follow() -> None:
-        follower = MechanismWindow(range(_UNITS), chance=CHANCE)
-        for i, row in enumerate(values):
-            follower.update(EVERY * i, row)
 
-    timings = interleaved({"train": train, "follow": follow}, rounds=rounds)
-    micro = sorted(1e6 * seconds / N_EVALUATIONS for seconds in timings["follow"].seconds)
-    yield (
-        "1,000 heads: one evaluation, in microseconds",
-        (micro[len(micro) // 2], micro[0], micro[-1]),
-    )
-    a_step = Timing(tuple(s / N_EVALUATIONS / EVERY for s in timings["follow"].seconds))
-    limits = sorted(s / 1e-4 for s in a_step.seconds)
-    yield (
-        "1,000 heads every 10 steps: under 0.01% of a step from this length on, in seconds",
-        (limits[len(limits) // 2], limits[0], limits[-1]),
-    )
-    step = Timing(tuple(s / n_steps_a_call for s in timings["train"].seconds))
-    median, low, high = ratio(a_step, step)
-    yield (
-        "1,000 heads every 10 steps / one step of Pythia-14M on this machine, in 1e-6 %",
-        (1e8 * median, 1e8 * low, 1e8 * high),
-    )
+def _follow(values: NDArray[np.float32]) -> None:
+    follower = MechanismWindow(range(values.shape[1]), chance=CHANCE)
+    for i, row in enumerate(values):
+        follower.update(EVERY * i, row)
