@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from mda_lightning.callbacks import metric_table
 from mda_lightning.callbacks.metric_table import MetricTable
-from mda_lightning.cli import EXIT_ERROR, EXIT_OK, EXIT_USAGE, main
+from mda_lightning.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, main
 from mda_lightning.mechanisms import MECHANISMS, mechanism
 from mda_lightning.recipes import monitor_files, window_table
 from mda_lightning.recipes.monitor_files import MeasuredCheckpoint, write_table
@@ -102,6 +103,10 @@ def content(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "windows.json").read_text("utf-8"))
 
 
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert run(*arguments) == EXIT_ERROR
     return capsys.readouterr().err
@@ -122,17 +127,19 @@ def test_a_unit_monitors_table_gives_the_windows_of_its_curves(tmp_path: Path, c
     assert report["floor"] == CHANCE and report["follows"] == "value"
     assert report["n_evaluations"] == len(STEPS)
     assert found_in(report) == summary(by_hand(heads()))
-    assert report["target"] == "L1H2" and report["status"] == "closed"
+    # L0H1 had come to rest before L1H2 began: the mechanism's window is its own.
+    assert report["target"] == "L0H1" and report["status"] == "closed"
     # Against numpy: the first of five values in a row above the threshold, and the true midpoint.
-    curve = heads()[:, 1, 2]
+    curve = heads()[:, 0, 1]
     above = curve > report["targets"][0]["threshold"]
     starts = [i for i in range(len(STEPS) - 4) if above[i : i + 5].all()]
     assert report["targets"][0]["start"] == STEPS[starts[0]]
     low, high = report["targets"][0]["midpoint_interval"]
     assert low <= report["targets"][0]["refined_midpoint"] <= high
-    assert abs(report["targets"][0]["refined_midpoint"] - 1500) <= 10
+    assert abs(report["targets"][0]["refined_midpoint"] - 1000) <= 10
     printed = capsys.readouterr()
-    assert "L1H2" in printed.out and report["message"] in printed.out and printed.err == ""
+    assert "(nominal 95%)" in printed.out
+    assert "L0H1" in printed.out and report["message"] in printed.out and printed.err == ""
     assert (tmp_path / "windows" / report["figure"]).read_bytes()[:4] == b"\x89PNG"
 
 
@@ -168,6 +175,64 @@ def wandb_export(path: Path, values: np.ndarray) -> Path:
     )
     frame.to_csv(path, index=False)
     return path
+
+
+def wandb_chart(path: Path, runs: dict[str, np.ndarray], axis: str = "trainer/global_step") -> Path:
+    """What W&B gives for a chart: per run and metric its values and their extremes."""
+    columns: dict[str, Any] = {axis: STEPS}
+    for name, values in runs.items():
+        # The extremes are of the points that one of the chart stands for: other numbers.
+        for end, shift in (("", 0.0), ("__MIN", -0.9), ("__MAX", 0.9)):
+            columns[f"{name} - _step{end}"] = np.arange(len(STEPS)) * 3
+            columns[f"{name} - trainer/global_step{end}"] = STEPS
+            for unit, curve in zip(UNITS, values.reshape(len(STEPS), -1).T, strict=True):
+                columns[f"{name} - induction/{unit}{end}"] = curve.astype(np.float64) + shift
+    pd.DataFrame(columns).to_csv(path, index=False, quoting=csv.QUOTE_ALL)
+    return path
+
+
+@pytest.mark.parametrize("axis", ["trainer/global_step", "Step", "tokens"])
+@pytest.mark.parametrize("name", ["run1", "a - b", "Group: lr, 0.01"])
+def test_a_chart_of_wandb_is_read_as_it_was_logged(tmp_path: Path, name: str, axis: str) -> None:
+    values = heads()
+    path = wandb_chart(tmp_path / "chart.csv", {name: values}, axis)
+    wanted = axis if axis == "tokens" else None
+    assert read_table(path, step_column=wanted).metrics == ("induction",)
+    warned: list[str] = []
+    found = find_windows(
+        path, metric="induction", floor=CHANCE, step_column=wanted, warn=warned.append
+    )
+    assert found_in(found["metrics"]["induction"]) == summary(by_hand(values))
+    assert found["provenance"]["step_column"] == (wanted or "trainer/global_step")
+    assert warned == []
+
+
+def test_several_runs_in_a_chart_of_wandb_keep_their_names(tmp_path: Path, capsys) -> None:
+    runs = {"run1": heads(1), "run2": heads(2)[::-1]}
+    path = wandb_chart(tmp_path / "chart.csv", runs)
+    message = refusal(capsys, path, "--metric", "induction", "--floor", "0.05")
+    assert "run1 - induction" in message and "run2 - induction" in message
+    assert "__MIN" not in message
+    for name, values in runs.items():
+        metric = f"{name} - induction"
+        report = find_windows(path, metric=metric, floor=CHANCE, warn=lambda _: None)
+        assert found_in(report["metrics"][metric]) == summary(by_hand(values))
+
+
+def test_names_that_only_look_like_a_chart_of_wandb_stay(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("step,a - b,c,d__MIN\n0,1,2,3\n1,1,2,3\n")
+    assert read_table(path).metrics == ("a - b", "c", "d__MIN")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_separated_by_semicolons_or_tabs(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "t.csv"
+    wide(heads()).to_csv(path, sep=separator, index=False, encoding="utf-8-sig")
+    report = find_windows(path, metric="induction", floor=CHANCE)["metrics"]["induction"]
+    assert found_in(report) == summary(by_hand(heads()))
+    path.write_text('step,"a;b;c"\n0,1\n')
+    assert read_table(path).metrics == ("a;b;c",)
 
 
 @pytest.mark.parametrize(
@@ -238,17 +303,47 @@ def test_thresholds_reach_the_detector(tmp_path: Path, capsys) -> None:
     [
         ("minimal_up=0.2", "'minimal_up' is no threshold; there are: minimum_up, n_sigma"),
         ("patience=2.5", "must be a whole number"),
-        ("minimum_up=high", "must be a number"),
+        ("minimum_up=high", "must be a finite number"),
+        ("level=inf", "level=inf: it must be a finite number; level=none closes on a plateau"),
+        ("n_sigma=-inf", "n_sigma=-inf: it must be a finite number"),
+        ("minimum_up=1e999", "must be a finite number"),
+        ("rearm=nan", "rearm=nan: it must be a finite number"),
+        ("n_early=inf", "must be a whole number"),
+        ("slope_span=5,2.5", "two whole numbers"),
         ("slope_span=10", "two whole numbers"),
         ("level", "write KEY=VALUE"),
-        ("rearm=none", "must be a number"),
+        ("rearm=none", "must be a finite number"),
     ],
 )
 def test_a_setting_that_is_none_is_wrong_usage(tmp_path: Path, capsys, setting, told) -> None:
+    path = unit_metrics(tmp_path / "unit_metrics.parquet")
     with pytest.raises(SystemExit) as exit_:
-        run(tmp_path, "--rule", setting)
+        run(path, "--rule", setting)
     assert exit_.value.code == EXIT_USAGE
     assert told in capsys.readouterr().err
+    assert not (tmp_path / "windows").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("level", np.inf), ("n_sigma", np.inf), ("minimum_up", np.nan), ("patience", 2.5)],
+)
+def test_a_rule_in_python_is_checked_before_anything_is_followed(
+    tmp_path: Path, name: str, value: float
+) -> None:
+    path = unit_metrics(tmp_path / "unit_metrics.parquet")
+    watched: list[str] = []
+    for falls in (False, True):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            find_windows(
+                path,
+                metric="icl/gain",
+                floor=0.9 if falls else 0.0,
+                falls=falls,
+                rule={name: value},
+                watch=lambda metric, done, total: watched.append(metric),
+            )
+    assert watched == [] and names_in(tmp_path) == ["unit_metrics.parquet"]
 
 
 def test_settings_are_read_as_the_type_of_their_default() -> None:
@@ -410,6 +505,20 @@ def test_values_that_are_missing_or_not_finite_change_nothing(tmp_path: Path) ->
     assert report["notes"][0].startswith("5 values missing or not finite (L0H0, L1H2)")
 
 
+@pytest.mark.parametrize("written", ["inf", "-inf", "Infinity", "-Infinity", "1e999"])
+def test_infinite_values_count_as_missing(tmp_path: Path, written: str) -> None:
+    frame = wide(heads()).astype(object)
+    frame.loc[148:151, "induction/L1H2"] = written  # in the rise, where it would open or lapse
+    frame.to_csv(tmp_path / "metrics.csv", index=False)
+    found = find_windows(tmp_path, metric="induction", floor=CHANCE, warn=lambda _: None)
+    report = found["metrics"]["induction"]
+    assert [note[:41] for note in report["notes"]] == ["4 values missing or not finite (L1H2): su"]
+    changed = heads()
+    changed[148:152, 1, 2] = np.nan
+    assert found_in(report) == summary(by_hand(changed))
+    json.loads((tmp_path / "windows" / "windows.json").read_text(), parse_constant=pytest.fail)
+
+
 def test_a_nan_that_was_written_is_told_from_an_empty_cell(tmp_path: Path) -> None:
     """Empty cells of a wide table say that something else was logged in that row."""
     frame = wide(heads()).astype(object)
@@ -432,7 +541,7 @@ def test_gaps_are_said_and_a_monitors_own_rates_are_not(tmp_path: Path) -> None:
     found = find_windows(tmp_path, metric="induction", floor=CHANCE, warn=lambda _: None)
     (note,) = found["metrics"]["induction"]["notes"]
     assert note.startswith("1 gap between evaluations, the widest from step 600 to 900")
-    assert found["metrics"]["induction"]["target"] == "L1H2"
+    assert found["metrics"]["induction"]["target"] == "L0H1"
     table = MetricTable()
     for step in [*range(0, 500, 50), *range(500, 600, 10), 640, *range(650, 700, 10)]:
         table.append(step, "induction", np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32))
@@ -567,9 +676,68 @@ def test_another_call_leaves_no_picture_of_the_former(tmp_path: Path) -> None:
     path = unit_metrics(tmp_path / "unit_metrics.parquet")
     out = tmp_path / "out"
     find_windows(path, output=out)
-    assert sorted(p.name for p in out.iterdir()) == ["windows-induction.png", "windows.json"]
+    assert names_in(out) == ["windows-induction.png", "windows.json"]
     find_windows(path, metric="icl/gain", floor=0.0, output=out)
-    assert sorted(p.name for p in out.iterdir()) == ["windows-icl-gain.png", "windows.json"]
+    assert names_in(out) == ["windows-icl-gain.png", "windows.json"]
+
+
+def test_files_of_others_stay_in_the_folder(tmp_path: Path) -> None:
+    path = unit_metrics(tmp_path / "unit_metrics.parquet")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "windows-of-my-house.png").write_bytes(b"mine")
+    find_windows(path, output=out)
+    former = content(out)
+    find_windows(path, metric="icl/gain", floor=0.0, output=out)
+    mine = ["windows-icl-gain.png", "windows-of-my-house.png", "windows.json"]
+    assert names_in(out) == mine
+    # Names that no call wrote: another folder's file, and a name of another pattern.
+    (tmp_path / "windows-far.png").write_bytes(b"mine")
+    (out / "holiday.png").write_bytes(b"mine")
+    for figure in ("../windows-far.png", "holiday.png", None, ["windows-of-my-house.png"]):
+        former["metrics"]["induction"]["figure"] = figure
+        (out / "windows.json").write_text(json.dumps(former), "utf-8")
+        find_windows(path, metric="icl/gain", floor=0.0, output=out)
+    for text in ("", "[]", '{"kind": "other", "metrics": {"a": {"figure": "windows-a.png"}}}'):
+        (out / "windows-a.png").write_bytes(b"mine")
+        (out / "windows.json").write_text(text, "utf-8")
+        find_windows(path, metric="icl/gain", floor=0.0, output=out)
+    assert names_in(out) == sorted(["holiday.png", "windows-a.png", *mine])
+    assert (tmp_path / "windows-far.png").is_file()
+
+
+def test_an_interrupted_call_has_written_nothing_and_says_so(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    path = unit_metrics(tmp_path / "unit_metrics.parquet")
+
+    def interrupted(self, step, values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MechanismWindow, "update", interrupted)
+    assert run(path) == EXIT_INTERRUPTED
+    assert "interrupted; nothing is kept" in capsys.readouterr().err
+    assert names_in(tmp_path) == ["unit_metrics.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stopped", "told"),
+    [
+        (["report", "x"], "mda_lightning.analysis.report.build_report", "builds it anew"),
+        (["data", "embedded", "x"], "mda_lightning.recipes.corpus.make_corpus", "no corpus"),
+        (["fit"], "mda_lightning.recipes.fit.fit", "--ckpt_path"),
+        (["quickstart"], "mda_lightning.recipes.quickstart.run_quickstart", "goes on from there"),
+    ],
+)
+def test_an_interruption_says_what_it_leaves(
+    capsys, monkeypatch, arguments: list[str], stopped: str, told: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopped, interrupted)
+    assert main(arguments) == EXIT_INTERRUPTED
+    assert told in capsys.readouterr().err
 
 
 def test_hand_overs_and_lapses_are_written(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_targets_window_and_its_refinement_are_where_they_are() -> None:
     assert sorted(levels) == [0.05, 0.1]
     said = texts(figure)
     assert "L0H0: steps 900 to 1,100, ended as it held the level" in said[0]
-    assert "midpoint of the fit 1,000, 95% interval 980 to 1,020" in said[0]
+    assert "midpoint of the fit 1,000, nominal 95% interval 980 to 1,020" in said[0]
     assert {"start", "mid", "end", "chance 0.05", "opens above 0.1", "L0H0, smoothed"} <= set(said)
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in rows.patches]
     assert bars == [(500, 700), (900, 1100)]

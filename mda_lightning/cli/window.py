@@ -16,7 +16,7 @@ formed, whether it fell back or handed over. The detector is that of the Critica
 a TABLE is
   unit_metrics.parquet of UnitMonitor, metrics.parquet or metrics.csv of mda-lightning monitor
   a CSV or Parquet file with a column of steps and one column a metric: Lightning's CSVLogger,
-  an export from W&B
+  an export from W&B (of one run: "run - metric" is read as the metric)
   a folder that holds exactly one such table
 """
 
@@ -52,14 +52,14 @@ def add_window(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_names,
         default=[],
         metavar="L1H2,...",
-        help="targets by name (default: the highest, in retrospect)",
+        help="targets by name (default: the highest when the window has closed)",
     )
     target.add_argument(
         "--top-k",
         type=positive,
         default=1,
         metavar="K",
-        help="how many targets to take in retrospect (default: %(default)s)",
+        help="how many of the highest then are targets (default: %(default)s)",
     )
     parser.add_argument(
         "--floor",

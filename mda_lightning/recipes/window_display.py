@@ -53,7 +53,7 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
     for heading in ("metric", "unit"):
         table.add_column(heading)
-    for heading in ("start", "midpoint (95%)", "end"):
+    for heading in ("start", "midpoint (nominal 95%)", "end"):
         table.add_column(heading, justify="right")
     for heading in ("why it ended", "state now"):
         table.add_column(heading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -32,16 +33,20 @@ def read_setting(text: str) -> tuple[str, Setting]:
         if isinstance(default, tuple):
             first, last = (int(part) for part in value.split(","))
             return name, (first, last)
-        return name, int(value) if isinstance(default, int) else float(value)
+        number = int(value) if isinstance(default, int) else float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"{number} is not finite")
+        return name, number
     except ValueError:
         kind = (
             "two whole numbers, such as 10,40"
             if isinstance(default, tuple)
             else "a whole number"
             if isinstance(default, int)
-            else "a number"
+            else "a finite number"
         )
-        raise ValueError(f"{name}={value}: it must be {kind}") from None
+        way = "; level=none closes on a plateau only" if name == "level" else ""
+        raise ValueError(f"{name}={value}: it must be {kind}{way}") from None
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

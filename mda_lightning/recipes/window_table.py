@@ -7,6 +7,7 @@ latter's long CSV, and wide tables with a step column and one column a metric, a
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -28,6 +29,7 @@ STEP_COLUMNS = ("trainer/global_step", "global_step", "step", "_step")
 _NOT_METRICS = {*STEP_COLUMNS, "epoch", "_timestamp", "_runtime"}
 
 _HEAD_COLUMN = re.compile(r"(?P<metric>.+)/(?P<unit>L\d+H\d+)")
+_EXTREME = re.compile(r"__(MIN|MAX)$")
 _GAP = 3.0
 """An interval this many times as long as both its neighbours is a gap."""
 _SHOWN = 12
@@ -158,6 +160,8 @@ def read_table(path: str | Path, *, step_column: str | None = None) -> RecordedT
     file = _find(Path(path))
     content, provenance = _read(file)
     content.columns = content.columns.map(str)
+    if not {"metric", "value"} <= set(content):
+        content = _as_logged(content, step_column)
     if content.empty or not len(content.columns):
         raise ValueError(f"{file} holds no rows: nothing has been measured yet")
     step = _step_column(file, list(content), step_column)
@@ -245,7 +249,9 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         else:
             # As text, so that an empty cell and a NaN that was written are told apart.
             note = {}
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+            frame = pd.read_csv(
+                path, sep=_separator(path), dtype=str, keep_default_na=False, na_values=[""]
+            )
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} is empty: nothing has been measured yet") from error
     except (ValueError, UnicodeDecodeError) as error:
@@ -259,6 +265,33 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     if note.get("kind", "checkpoint_metrics") != "checkpoint_metrics":
         raise ValueError(f"{path} is a table of {note['kind']}, not of metrics over steps")
     return frame, note.get("provenance", {})
+
+
+def _separator(path: Path) -> str:
+    """The comma, unless the header has none and a semicolon or tab divides it."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+        header = next((line for line in lines if line.strip()), "")
+    fields = {one: len(next(csv.reader([header], delimiter=one), [])) for one in ",;\t"}
+    return "," if fields[","] > 1 else max(fields, key=lambda one: fields[one])
+
+
+def _as_logged(frame: pd.DataFrame, step_column: str | None) -> pd.DataFrame:
+    """The columns of a W&B chart's export under the names that were logged.
+
+    There a metric of a run is ``run - metric``, with ``run - metric__MIN`` and ``__MAX`` beside.
+    Of several runs the names stay whole.
+    """
+    columns = set(frame)
+    extremes = [c for c in frame if _EXTREME.search(c) and _EXTREME.sub("", c) in columns]
+    frame = frame.drop(columns=extremes)
+    metrics = [c for c in frame if c.casefold() not in _NOT_METRICS and c != step_column]
+    runs = {column: column.rpartition(" - ")[0] for column in metrics}
+    if len(set(runs.values())) != 1 or not all(runs.values()):
+        return frame
+    logged = {column: column.rpartition(" - ")[2] for column in runs}
+    # Of two columns of steps the chart's own axis is the whole one.
+    twice = [column for column, name in logged.items() if name in columns]
+    return frame.drop(columns=twice).rename(columns=logged)
 
 
 def _step_column(path: Path, columns: Sequence[str], wanted: str | None) -> str:

@@ -47,9 +47,9 @@ def windows_figure(
     """Curves of a metric with the first target's window; below, the windows of all units in rows.
 
     In the curves' panel the window is shaded; above the curves a line spans the refined window, 10%
-    to 90% of the fitted rise, its thick part the 95% interval of the fit's midpoint. In a row a bar
-    is a window (filled: a target's), the thin line after it the time that the unit stayed formed.
-    Where closed windows are a small part of a long run, only their surroundings are shown.
+    to 90% of the fitted rise, its thick part the nominal 95% interval of the fit's midpoint. In a
+    row a bar is a window (filled: a target's), the thin line after it the time that the unit stayed
+    formed. Where closed windows are a small part of a long run, only their surroundings are shown.
 
     Args:
         steps: [S] ascending.
@@ -115,7 +115,7 @@ def _title(picture: Picture) -> str:
         return said if window.midpoint is None else f"{said}\nhalfway up at {window.midpoint:,}"
     said += f"\nmidpoint of the fit {window.refined_midpoint:,}"
     if window.midpoint_interval is not None:
-        said += f", 95% interval {steps_words(*window.midpoint_interval)}"
+        said += f", nominal 95% interval {steps_words(*window.midpoint_interval)}"
     return said
 
 
