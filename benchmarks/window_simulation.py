@@ -334,7 +334,7 @@ _FIGURES = (
     ("start_90", "error of the start, 90th percentile", 1.0),
     ("end", "error of the end, median", 1.0),
     ("midpoint", "error of the logistic's midpoint, median", 1.0),
-    ("covered", "midpoints inside their 95% interval, %", 100.0),
+    ("covered", "midpoints inside their nominal 95% interval, %", 100.0),
     ("second", "second rises found, %", 100.0),
 )
 
