@@ -112,6 +112,9 @@ def test_the_run_is_one_that_can_go_wrong(whole: Whole) -> None:
         for k in range(window["start"], window["end"])
     ]
     assert len(set.union(*listed)) > 4 >= max(map(len, listed))
+    states = whole.outcome["promoted"][f"end-step{steps['end']}.ckpt"]["callbacks"]
+    (own,) = (state for key, state in states.items() if key.startswith("CriticalWindow"))
+    assert len(own["checkpoints"]["ring"]) == 5, "at the end none makes room that may be promoted"
 
 
 def test_in_the_folder_as_it_was(whole: Whole) -> None:
@@ -198,7 +201,9 @@ def two_rises(step: int) -> Any:
 def test_other_targets_and_rates(rows: TokenRows, tmp_path: Path, settings: Any) -> None:
     whole = Whole(rows, tmp_path, **settings)
     window = whole.window
-    assert whole.outcome["report"]["status"] == "closed"
+    report = whole.outcome["report"]
+    assert (report["status"], report["checkpoints_lost"]) == ("closed", 0)
+    assert report["checkpoints"].keys() == {"start", "mid", "end"}
     for i, step in enumerate(range(window["start"] - 1, window["end"] + 3, 5)):
         whole.resume(whole.keeping.checkpoint(step), None if i % 2 else step, f"from {step}")
 
@@ -227,6 +232,23 @@ def test_a_run_that_is_planned_to_end_inside_its_window(rows: TokenRows, tmp_pat
             promoted.append(report_of(folder)["checkpoint_steps"])
         assert promoted[0].get("start", 99) < window["start"] or first == 3
         assert_same_outcome(folder, whole.outcome, f"ended at {first} and {second}")
+
+
+def test_going_back_twice_after_the_end(rows: TokenRows, tmp_path: Path) -> None:
+    """The second time from a run that ended in the window: the midpoint's file is the only copy."""
+    whole = Whole(rows, tmp_path / "whole")
+    steps, end = whole.outcome["report"]["checkpoint_steps"], whole.window["end"]
+    first, second = end - 6, end - 3
+    assert steps["mid"] < first
+    whole.keeping.put_back(None)
+    keeping = KeepEverything(tmp_path / "nothing", tmp_path / "cut")
+    callbacks = [*whole.watching(), keeping]
+    at = whole.keeping.checkpoint(first)
+    run(rows, tmp_path / "whole", callbacks, max_steps=second, ckpt_path=at)
+    assert report_of(whole.folder)["checkpoints"].keys() == {"start"}
+    at = keeping.checkpoint(second)
+    run(rows, tmp_path / "whole", whole.watching(), ckpt_path=at)
+    assert_same_outcome(whole.folder, whole.outcome, "twice")
 
 
 # -- the same objects again -----------------------------------------------------------------------

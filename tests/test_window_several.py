@@ -138,3 +138,20 @@ def test_a_past_that_it_was_not_there_for_is_not_saved_as_the_present(
     assert names and min(names.values()) > 41
     for name, step in names.items():
         assert name.endswith((f"step-{step}.ckpt", f"-step{step}.ckpt"))
+
+
+@pytest.mark.parametrize("edge", ["start", "end"])
+def test_in_another_folder_only_what_is_there_is_listed(
+    rows: TokenRows, tmp_path: Path, edge: str
+) -> None:
+    """A run that goes on elsewhere finds the same window; the former's files are the former's."""
+    run(rows, tmp_path, watching(tmp_path / "first", ring=3))
+    first = report_of(tmp_path / "first")
+    at = tmp_path / "first" / first["checkpoints"][edge]
+    with pytest.warns(UserWarning, match="this one writes to"):
+        run(rows, tmp_path, watching(tmp_path / "second", ring=3), ckpt_path=at)
+    second = report_of(tmp_path / "second")
+    assert second["window"] == first["window"] and second["checkpoints_lost"] == 0
+    kept = sorted(p.name for p in (tmp_path / "second").glob("window/*"))
+    assert kept == sorted(Path(p).name for p in second["checkpoints"].values())
+    assert bool(kept) == (edge == "start")
