@@ -456,5 +456,5 @@ def test_every_logged_key_is_documented(tmp_path: Path) -> None:
 
 def _family(found: re.Match[str]) -> str:
     """Keys of the monitor are named after what is measured, the others after a mechanism."""
-    follows = ("ema_max", "n_rising", "n_formed", "scored")
+    follows = ("ema_max", "n_rising", "n_formed", "window_open", "scored")
     return "<mechanism>" if found.string.endswith(follows) else "<key>"
