@@ -233,6 +233,7 @@ def test_a_run_without_a_window_says_so(tmp_path: Path) -> None:
     found = report(tmp_path)
     assert (found["status"], found["target"], found["window"]) == ("none", None, None)
     assert "no window had opened by step 40" in found["message"]
+    assert "no window had opened by step 40" in (tmp_path / "live.html").read_text()
     assert found["highest"]["score"] == pytest.approx(float(jump(31, to=0.09)(40).max()), abs=1e-3)
 
 

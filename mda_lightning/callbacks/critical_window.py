@@ -305,6 +305,8 @@ class CriticalWindow(pl.Callback):
         self._output.summarise(trainer, report)
         if self.follower.phase != "closed":
             self._news.tell(self._monitor, trainer.global_step, self.status)
+            if self._monitor is not None:
+                self._monitor.show_end(trainer)  # its last page was written before this
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._monitor = self._base = None

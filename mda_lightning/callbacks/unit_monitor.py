@@ -180,6 +180,10 @@ class UnitMonitor(pl.Callback):
         """Put a line among the page's events."""
         self._events.append(Event(step, text))
 
+    def show_end(self, trainer: pl.Trainer) -> None:
+        """Write the page once more, of a run that has ended."""
+        self._show(trainer, "finished")
+
     # -- Lightning ----------------------------------------------------------------------------
 
     @property
@@ -268,7 +272,7 @@ class UnitMonitor(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write(trainer, final=True)
-        self._show(trainer, "finished")
+        self.show_end(trainer)
         for metric in self.table.metrics:
             log_summary(trainer, best_head(self.table, metric))
 
