@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training import (
     Clock,
     CurveMechanism,
+    Rows,
     StrangersModule,
     assert_bit_identical,
     fit,
@@ -81,6 +82,26 @@ def test_the_ring_is_bounded_at_every_step(tmp_path: Path) -> None:
     run = [*watch(tmp_path, ring=3, ring_every=1), Counts()]
     fit(StrangersModule(), run, tmp_path, max_steps=40)
     assert max(counts) == 3
+
+
+def test_checkpoints_are_kept_five_times_as_often_once_a_head_stirs(tmp_path: Path) -> None:
+    """And at the warning itself, and when a head has formed."""
+    saved: list[tuple[int, bool]] = []
+    callbacks = watch(tmp_path, curve=jump(101, ramp=60), every=1, ring_every=2)
+    window = callbacks[-1]
+
+    class Sees(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            now = steps_of(tmp_path / "ring") if (tmp_path / "ring").exists() else []
+            if now and now[-1] == trainer.global_step:
+                saved.append((trainer.global_step, window.asks))
+
+    fit(StrangersModule(), [*callbacks, Sees()], tmp_path, data=Rows(1200), max_steps=140)
+    calm = [step for step, asks in saved if not asks]
+    stirred = [step for step, asks in saved if asks]
+    assert calm == list(range(10, calm[-1] + 1, 10)), "every 2nd evaluation, five times as seldom"
+    assert stirred and calm[-1] < stirred[0] <= report(tmp_path)["window"]["start"]
+    assert max(np.diff(stirred)) <= 2
 
 
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (2, 0), (1, 2)])
