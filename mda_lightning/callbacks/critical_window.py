@@ -304,7 +304,8 @@ class CriticalWindow(pl.Callback):
         self._output.write(trainer, self.folder, report)
         self._output.summarise(trainer, report)
         if self.follower.phase != "closed":
-            self._news.tell(self._monitor, trainer.global_step, self.status)
+            words = f"{self.mechanism}: {self.status}"
+            self._news.tell(self._monitor, trainer.global_step, words)
             if self._monitor is not None:
                 self._monitor.show_end(trainer)  # its last page was written before this
 
