@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_scheduled_checkpoints import file_size_limit
 from training import Clock, CurveMechanism
-from window_runs import CURVE, N_STEPS, TinyModule, outcome, report_of, run, watching, write_rows
+from window_runs import CURVE, N_STEPS, TinyModule, outcome, report_of, run, watching
 
 from mda_lightning.callbacks import CriticalWindow, UnitMonitor
 from mda_lightning.corpora import TokenRows
@@ -127,11 +127,6 @@ def two(
         ckpt_path=ckpt_path,
     )
     return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(2)]
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows")
 
 
 def assert_alike(told: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_scheduled_checkpoints import Rank, file_size_limit
 from training import assert_bit_identical, training_state
-from window_runs import N_STEPS, report_of, run, watching, write_rows
+from window_runs import N_STEPS, report_of, run, watching
 
 from mda_lightning.callbacks import checkpoint_ring
 from mda_lightning.callbacks.checkpoint_ring import CheckpointRing
@@ -27,17 +26,7 @@ from mda_lightning.files import write_json
 SMALL = {"ring": 4, "ring_every": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def no_link(*_: Any) -> None:

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from window_runs import assert_same_outcome, outcome, run, watching, write_rows
+from window_runs import assert_same_outcome, outcome, run, watching
 
 from mda_lightning.callbacks import checkpoint_ring, checkpoint_writing
 from mda_lightning.callbacks.checkpoint_ring import CheckpointRing
@@ -32,17 +32,7 @@ CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["lightning.pytorch", "transformers", "mda_lightning.callbacks"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(rows: TokenRows, folder: Path, *more: Any, **settings: Any) -> pl.Trainer:

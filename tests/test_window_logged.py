@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,9 @@ from window_runs import (
     report_of,
     run,
     watching,
-    write_rows,
 )
 
 from mda_lightning.callbacks import CriticalWindow
-from mda_lightning.callbacks.monitor_output import MonitorOutput
 from mda_lightning.corpora import TokenRows
 from mda_lightning.window import WindowDetector, WindowRule
 
@@ -45,19 +43,7 @@ def curve(step: int) -> float:
     return float(CURVE(step)[1, 1])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MonitorOutput, "write", lambda *_, **__: None)
-        yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 class LogsModule(TinyModule):

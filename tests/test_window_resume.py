@@ -21,7 +21,6 @@ from window_runs import (
     report_of,
     run,
     watching,
-    write_rows,
 )
 
 from mda_lightning.callbacks.monitor_output import MonitorOutput
@@ -76,11 +75,6 @@ class Whole:
         self.keeping.put_back(folder_at)
         run(self.rows, self.folder.parent, self.watching(), ckpt_path=checkpoint, **self.trainer)
         assert_same_outcome(self.folder, self.outcome, where)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows")
 
 
 def every_step(pace: str) -> Any:

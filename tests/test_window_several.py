@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,12 @@ from window_runs import (
     report_of,
     run,
     watching,
-    write_rows,
 )
 
 from mda_lightning.callbacks import CriticalWindow, UnitMonitor
-from mda_lightning.callbacks.monitor_output import MonitorOutput
 from mda_lightning.corpora import TokenRows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MonitorOutput, "write", lambda *_, **__: None)
-        yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 # -- several at once ------------------------------------------------------------------------------

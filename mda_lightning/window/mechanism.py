@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -65,16 +65,12 @@ class MechanismWindow(Generic[U]):
         self.watched = self.named or list(range(len(self.units)))
         self._mask = np.array(self.watched)
         self.handovers: list[WindowEvent] = []
-        self._clear()
-
-    def _clear(self) -> None:
         self.phase: Phase = "before"
         self.asks = False
         """Whether a unit watched is about to rise or rises, and its newest value is finite: of one
         that is not, measuring more often would say nothing."""
         self._closed_at: int | None = None
         self._chosen: list[tuple[int, int]] = []  # (unit, start) of the targets, the first leads
-        self.handovers.clear()
 
     @property
     def last_step(self) -> int:
@@ -223,18 +219,6 @@ class MechanismWindow(Generic[U]):
             edges["mid"] = min(steps, key=lambda s: (abs(s - (middle or window.start)), s))
             edges["end"] = min(steps, key=lambda s: (abs(s - end), s))
         return edges
-
-    def state_dict(self) -> dict[str, Any]:
-        """The detector's history: everything else follows from it."""
-        return self.detector.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved history; raises ValueError when it is of other units or another rule."""
-        self.detector.load_state_dict({**state, "steps": [], "values": []})
-        self._clear()
-        values = np.asarray(state["values"], np.float32).reshape(-1, len(self.units))
-        for step, row in zip(state["steps"], values, strict=True):
-            self.update(int(step), row)
 
 
 def _is_kept(former: Window, later: Window) -> bool:
