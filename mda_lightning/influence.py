@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import BlockName, describe
 from mda_lightning.curvature import SubspaceEKFAC
 from mda_lightning.gradients import BlockVector, probe_gradients, sequence_backward
+from mda_lightning.projection import Projection
 from mda_lightning.taps import TrainingTaps
 from mda_lightning.units import Head
 
@@ -54,52 +54,6 @@ class Scores:
     loss: Tensor
 
 
-class _Piece(NamedTuple):
-    """Rows of one layer that belong to unit i, block k, and the IHVP's rows for them."""
-
-    unit: int
-    block: int
-    rows: slice
-    columns: slice
-    vector: Tensor
-
-
-class _Projection:
-    """−⟨G_i, V⟩ of each block for a batch's (x, δ), written into a [B, U, K] tensor."""
-
-    def __init__(self, model: PreTrainedModel, ihvp: BlockVector) -> None:
-        if not ihvp:
-            raise ValueError("no blocks to score; the IHVP is empty")
-        self.units = tuple(dict.fromkeys(unit for unit, _ in ihvp))
-        self.blocks = tuple(dict.fromkeys(name for _, name in ihvp))
-        missing = [f"{u} {b}" for u in self.units for b in self.blocks if (u, b) not in ihvp]
-        if missing:
-            raise ValueError(
-                f"the IHVP lacks {', '.join(missing)}: every unit needs the same blocks"
-            )
-        layout = describe(model)
-        self._by_module: dict[str, list[_Piece]] = {}
-        for i, unit in enumerate(self.units):
-            for k, name in enumerate(self.blocks):
-                block, first = layout.block(unit, name), 0
-                for module, rows in block.parts:
-                    own = ihvp[unit, name][first : first + rows.stop - rows.start]
-                    first += len(own)
-                    piece = _Piece(i, k, rows, block.columns, own)
-                    self._by_module.setdefault(module, []).append(piece)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._by_module)
-
-    def add(self, out: Tensor, module: str, x: Tensor, delta: Tensor) -> None:
-        for i, k, rows, columns, vector in self._by_module[module]:
-            own = delta[..., rows].float()
-            # Σ_t δ[t]ᵀ V x[t], which equals ⟨Σ_t δ[t] x[t]ᵀ, V⟩ without forming the sum.
-            projected = x[..., columns].float() @ vector.to(own).T
-            out[:, i, k] -= (projected * own).sum(dim=(1, 2)).to(out)
-
-
 def replay_scores(
     model: PreTrainedModel,
     ihvp: BlockVector,
@@ -118,20 +72,21 @@ def replay_scores(
     Raises:
         ValueError: no batch, or units with different blocks.
     """
-    projection = _Projection(model, ihvp)
+    projection = Projection(model, {"": ihvp})
+    target = projection.targets[""]
     values, losses = [], []
     for tokens in batches:
         backward = sequence_backward(model, projection.names, tokens)
-        out = torch.zeros(len(tokens), len(projection.units), len(projection.blocks))
+        out = torch.zeros(len(tokens), projection.width, device=backward.loss.device)
         for name in projection.names:
             projection.add(out, name, backward.inputs[name], backward.deltas[name])
-        values.append(out)
+        values.append(projection.split(out)[""].cpu())
         losses.append(backward.loss.mean(1).float().cpu())
         if progress is not None:
             progress(len(tokens))
     if not values:
         raise ValueError("no samples to score")
-    return Scores(projection.units, projection.blocks, torch.cat(values), torch.cat(losses))
+    return Scores(target.units, target.blocks, torch.cat(values), torch.cat(losses))
 
 
 class TrainingStepScorer:
@@ -151,15 +106,16 @@ class TrainingStepScorer:
         self._model = model
         self.units, self.blocks = tuple(units), tuple(blocks)
         names = [n for block in describe(model).blocks(units, blocks) for n in block.modules]
-        self._projection: _Projection | None = None
+        self._projection: Projection | None = None
         self._partial: Tensor | None = None
         self._taps = TrainingTaps(model, names, self._consume)
         self._taps.enabled = False
 
     def set_ihvp(self, ihvp: BlockVector) -> None:
         """Score from now on with this IHVP; it must have the scorer's units and blocks."""
-        projection = _Projection(self._model, ihvp)
-        if projection.units != self.units or projection.blocks != self.blocks:
+        projection = Projection(self._model, {"": ihvp})
+        target = projection.targets[""]
+        if target.units != self.units or target.blocks != self.blocks:
             raise ValueError("the IHVP is for other units or blocks than this scorer")
         self._projection = projection
 
@@ -181,7 +137,8 @@ class TrainingStepScorer:
         if partial is None:
             return None
         factor = torch.as_tensor(scale, dtype=partial.dtype, device=partial.device)
-        return partial * factor.reshape(-1, 1, 1)
+        scores = partial.unflatten(1, (len(self.units), len(self.blocks)))
+        return scores * factor.reshape(-1, 1, 1)
 
     def remove(self) -> None:
         """Take the hooks off; may be called more than once."""
@@ -190,9 +147,7 @@ class TrainingStepScorer:
     def _consume(self, name: str, x: Tensor, delta: Tensor) -> None:
         assert self._projection is not None
         if self._partial is None:
-            self._partial = torch.zeros(
-                len(x), len(self.units), len(self.blocks), device=x.device, dtype=torch.float32
-            )
+            self._partial = torch.zeros(len(x), self._projection.width, device=x.device)
         self._projection.add(self._partial, name, x, delta)
 
 
