@@ -32,6 +32,7 @@ from mda_lightning.probes import (
     repeated_sequences,
     single_target_sequences,
 )
+from mda_lightning.sequence_loss import loss_at_hidden
 from mda_lightning.vocabulary import describe_token_ids, token_id_tuple
 
 ProbeFunction = Literal["attention", "log_attention", "copy_logprob"]
@@ -183,12 +184,14 @@ def _copy_logprob(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     """Mean log-probability of the copy target (Eq. 18): the logits at ``query`` predict it."""
     device = model.device
     out = model.base_model(input_ids=probes.tokens.to(device), use_cache=False, return_dict=True)
-    hidden = out.last_hidden_state
-    at = hidden[probes.sequence.to(device), probes.query.to(device)]
-    logits = unembedding(model)(at).float()
-    logprob = torch.log_softmax(logits, dim=-1)
-    chosen = logprob.gather(1, probes.target.to(device)[:, None])[:, 0]
-    return (probes.weight.to(chosen) * chosen).sum()
+    at = out.last_hidden_state[probes.sequence.to(device), probes.query.to(device)]
+    end = loss_at_hidden(unembedding(model), at[None], probes.target.to(device)[None])
+    assert end.gradient is not None
+    weight = probes.weight.to(at)
+    value = -(weight * end.loss[0].to(at)).sum()
+    # The value as a function of ``at``, with the gradient that is known already.
+    slope = -(weight[:, None] * end.gradient[0] * at).sum()
+    return value + slope - slope.detach()
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,6 @@ class Projection:
     def split(self, out: Tensor) -> dict[str, Tensor]:
         """The scores [B, width] as [B, U, K] for each mechanism."""
         return {
-            name: out[:, target.columns].unflatten(1, (len(target.units), len(target.blocks)))
+            name: out[:, target.columns].reshape(len(out), len(target.units), len(target.blocks))
             for name, target in self.targets.items()
         }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models import random_neox
 
 from mda_lightning.architectures import describe
-from mda_lightning.curvature import CurvatureError, SubspaceEKFAC, sampled_uniform
+from mda_lightning.curvature import CurvatureError, SubspaceEKFAC
 from mda_lightning.gradients import probe_gradients, sequence_backward
 from mda_lightning.influence import TrainingStepScorer, replay_scores, weights_hash
 from mda_lightning.mechanisms import mechanism
@@ -224,7 +224,7 @@ def test_sampled_labels_follow_the_model(tokens) -> None:
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(4, 6, bias=False)
     hidden = torch.randn(1, 1, 4, generator=generator).expand(1, 20000, 4)
-    uniform = sampled_uniform(0, 0, 1, 20000)
+    uniform = torch.rand(1, 20000, generator=generator)
     found = loss_at_hidden(head, hidden, None, uniform=uniform)
     logprob = torch.log_softmax(head(hidden[0, 0]), -1).detach()
     nearest = (-found.loss[0][:, None] - logprob).abs().argmin(1)

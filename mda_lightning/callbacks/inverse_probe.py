@@ -25,7 +25,7 @@ class CurvatureSettings:
         fisher, damping, seed: see :class:`~mda_lightning.curvature.SubspaceEKFAC`.
     """
 
-    kind: Literal["ekfac", "identity"] = "ekfac"
+    kind: Literal["ekfac", "kfac", "identity"] = "ekfac"
     fisher: Fisher = "sampled"
     damping: float = 0.1
     seed: int = 0
@@ -45,12 +45,13 @@ def inverse_probe(
     """
     found = probe_gradients(model, mechanism, units)
     provenance: dict[str, Any] = {"curvature": "identity"}
-    if settings.kind == "ekfac":
+    if settings.kind != "identity":
         factors = SubspaceEKFAC.fit(
             model,
             units,
             mechanism.block_names,
             batches,
+            kind=settings.kind,
             fisher=settings.fisher,
             seed=settings.seed,
             damping=settings.damping,
