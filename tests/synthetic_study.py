@@ -160,7 +160,7 @@ def write_study(
                 }
             )
             continue
-        write_scores(root / "scores.parquet", rows, seed=seed, unit=target, start=start)
+        write_scores(root / "scores", rows, seed=seed, unit=target, start=start)
         rng = np.random.default_rng(100 + seed)
         for number, arm in enumerate(ARMS):
             if arm in (missing or {}).get(seed, ()):
@@ -189,7 +189,7 @@ def write_study(
                     "censored": False,
                 },
                 "base": f"seed-{seed}/base",
-                "scores": f"seed-{seed}/scores.parquet",
+                "scores": f"seed-{seed}/scores",
                 "score_unit": target,
                 "arms": {arm: f"seed-{seed}/arms/{arm}" for arm in ARMS},
                 "measured_at": [end, end + 20, end + 40],

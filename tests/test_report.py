@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
@@ -180,7 +181,7 @@ def test_five_seeds_with_one_lost_and_arms_missing(tmp_path: Path) -> None:
         missing={2: {"insert-top", "insert-random"}},
         n_rows=120,
     )
-    (folder / "seed-4" / "scores.parquet").unlink()
+    shutil.rmtree(folder / "seed-4" / "scores")
     (folder / "seed-3" / "arms" / "mask-top" / "unit_metrics.parquet").write_bytes(b"PAR1 no")
     page = read(build_report(folder))
     assert "Seed 1: no critical window was found." in page.text
@@ -204,7 +205,7 @@ def test_an_arm_that_stopped_early_has_a_curve_and_no_value(tmp_path: Path) -> N
     folder = write_study(
         tmp_path / "study", n_seeds=1, n_rows=60, missing={0: {"insert-top", "insert-random"}}
     )
-    (folder / "seed-0" / "scores.parquet").unlink()
+    shutil.rmtree(folder / "seed-0" / "scores")
     raw = json.loads((folder / "study.json").read_text())
     raw["seeds"][0]["measured_at"] = 99_999
     (folder / "study.json").write_text(json.dumps(raw))
@@ -227,12 +228,12 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
 
 def test_samples_trained_on_twice_count_once_and_nan_never(tmp_path: Path) -> None:
     rows = write_corpus(tmp_path / "corpus", n_rows=60)
-    table = write_scores(tmp_path / "scores.parquet", rows, seed=0, unit="L1H1", start=100)
-    once = seed_influence(table.path, seed=0, unit="L1H1", fraction=0.1)
+    table = write_scores(tmp_path / "scores", rows, seed=0, unit="L1H1", start=100)
+    once = seed_influence(table.folder, seed=0, unit="L1H1", fraction=0.1)
     assert (len(once.scores), once.n_excluded, len(once.top)) == (59, 1, 6)
     frame = table.frame("L1H1")
     twice = ScoreTable.write(
-        tmp_path / "twice.parquet",
+        tmp_path / "twice",
         sample_id=np.tile(frame["sample_id"], 2),
         step=np.concatenate([frame["step"], frame["step"] + 1000]),
         units=["L1H1"],
@@ -242,12 +243,12 @@ def test_samples_trained_on_twice_count_once_and_nan_never(tmp_path: Path) -> No
         estimator="in_run",
         provenance={},
     )
-    again = seed_influence(twice.path, seed=0, unit="L1H1", fraction=0.1)
+    again = seed_influence(twice.folder, seed=0, unit="L1H1", fraction=0.1)
     assert np.array_equal(again.top, once.top)
     assert again.share == pytest.approx(once.share, rel=1e-5)
     assert again.of(0) == (pytest.approx(once.of(0)[0], rel=1e-5), 100)
     with pytest.raises(ValueError, match="no unit L0H0"):
-        seed_influence(table.path, seed=0, unit="L0H0", fraction=0.1)
+        seed_influence(table.folder, seed=0, unit="L0H0", fraction=0.1)
 
 
 def test_controls_and_flattened_settings() -> None:

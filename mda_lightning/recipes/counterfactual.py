@@ -161,7 +161,7 @@ class Study:
         return entry | {
             "status": "running",
             "message": "",
-            "scores": self._relative(job.folder / "scores.parquet"),
+            "scores": self._relative(job.folder / "scores"),
             "score_unit": report["target"],
             "measured_at": self._measured_at(int(report["window"]["end"])),
             "arms": {"baseline": self._relative(job.folder)},
@@ -204,10 +204,10 @@ class Study:
         training = self.settings.training
         order = BaseOrder(len(self.rows), training.batch_size, training.max_steps, seed)
         pool = np.unique(np.concatenate([order.ids(step) for step in range(*steps)]))
-        table = ScoreTable.open(base.folder / "scores.parquet")
+        table = ScoreTable.open(base.folder / "scores")
         top = table.top(unit, fraction=what.fraction)
         source = {
-            "scores": self._relative(base.folder / "scores.parquet"),
+            "scores": self._relative(base.folder / "scores"),
             "unit": unit,
             "estimator": table.estimator,
             "fraction": what.fraction,

@@ -1,0 +1,62 @@
+"""Which samples come first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def mean_by_sample(ids: Ints, scores: NDArray[np.float32]) -> tuple[Ints, NDArray[np.float64]]:
+    """Ascending unique ids [M] and the mean of each one's scores [M], from rows [N]."""
+    unique, which = np.unique(ids, return_inverse=True)
+    sums = np.bincount(which, weights=scores.astype(np.float64), minlength=len(unique))
+    return unique, sums / np.bincount(which, minlength=len(unique))
+
+
+def extreme(
+    ids: Ints,
+    keys: NDArray[np.float64],
+    *,
+    fraction: float | None,
+    count: int | None,
+    of: str,
+) -> Ints:
+    """The ids with the smallest finite keys, smallest first, ties by id.
+
+    Args:
+        ids: ascending [M].
+        keys: [M].
+        fraction: of the finite ones, in (0, 1]; at least one.
+        count: instead of a fraction.
+        of: what is ranked, for the error message.
+
+    Raises:
+        ValueError: out of range, or fewer finite ones than asked for.
+    """
+    finite = np.isfinite(keys)
+    ids, keys = ids[finite], keys[finite]
+    if count is None:
+        assert fraction is not None
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction is {fraction}; it is a share of the samples, (0, 1]")
+        count = max(1, round(fraction * len(ids)))
+    if not 0 < count <= len(ids):
+        raise ValueError(
+            f"{count} samples were asked for of {of}, which has {len(ids)} with a finite score"
+        )
+    return ids[np.argsort(keys, kind="stable")[:count]]
+
+
+def by_best_place(rankings: Sequence[Ints]) -> Ints:
+    """The union of rankings, each id once, by its best place, then by the order of rankings."""
+    if not rankings:
+        raise ValueError("no unit was given; name at least one")
+    together = np.concatenate(rankings)
+    places = np.concatenate([np.arange(len(one)) for one in rankings])
+    together = together[np.argsort(places, kind="stable")]
+    first = np.unique(together, return_index=True)[1]
+    return together[np.sort(first)]
