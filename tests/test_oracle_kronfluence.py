@@ -9,10 +9,9 @@ import pytest
 import torch
 from models import random_neox
 
-from mda_lightning import influence
 from mda_lightning.curvature import SubspaceEKFAC
 from mda_lightning.gradients import probe_gradients
-from mda_lightning.influence import replay_scores
+from mda_lightning.influence import fit_and_score, replay_scores, token_scores
 from mda_lightning.mechanisms import InductionHead
 from mda_lightning.units import Head
 
@@ -91,13 +90,25 @@ def test_plain_dot_product(tokens) -> None:
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac"])
 def test_fit_and_score_in_one_pass(tokens, kind) -> None:
-    if not hasattr(influence, "fit_and_score"):
-        pytest.skip("no fit_and_score")
     model, unit = random_neox(), Head(1, 0)
     peer = KronfluenceRun(model, unit, copy_probe(MECHANISM), tokens, 4, strategy=kind)
     theirs = as_ours(peer, peer.run())
-    _, found = influence.fit_and_score(
+    _, found = fit_and_score(
         model, {"": MECHANISM}, [unit], list(tokens.split(3)), kind=kind, fisher="empirical"
     )
     for k, block in enumerate(found[""].blocks):
         assert_close_to_peer(found[""].values[:, 0, k], theirs[block])
+
+
+def test_token_scores(tokens) -> None:
+    model, unit = random_neox(), Head(0, 1)
+    peer = KronfluenceRun(model, unit, copy_probe(MECHANISM), tokens, 4, per_token=True)
+    theirs = as_ours(peer, peer.run())
+    curvature = SubspaceEKFAC.fit(
+        model, [unit], MECHANISM.block_names, [tokens], fisher="empirical"
+    )
+    ihvp = curvature.solve(probe_gradients(model, MECHANISM, [unit]))
+    found = token_scores(model, ihvp, tokens)
+    assert found.values.shape == (10, 16, 1, 3)
+    for k, block in enumerate(found.blocks):
+        assert_close_to_peer(found.values[:, :, 0, k], theirs[block])
