@@ -75,8 +75,7 @@ class ScoreWriter:
         self._held: list[ScoreRows] = []
         self._n_in_memory = 0
         self._refuse_another_table()
-        for leftover in self.folder.glob(f".part-r{rank:04d}-*"):
-            leftover.unlink()  # of this rank, interrupted while it wrote
+        self._remove_leftovers(f".part-r{rank:04d}-*")
         self._on_disk = {p.path.name: check_part(p.path, self._layout) for p in self._own_parts()}
         self._claim()
 
@@ -160,6 +159,7 @@ class ScoreWriter:
             for part in parts_of(self.folder):
                 if part.first < start or (end is not None and part.last >= end):
                     self._keep(part, start, end)
+        self._remove_leftovers(".part-r*", f".{TABLE_FILE.partition('.')[0]}.part-*")
         counts = [check_part(part.path, self._layout) for part in parts_of(self.folder)]
         totals = (sum(c.n_rows for c in counts), sum(c.n_not_finite for c in counts))
         self._describe(complete=True, counts=totals, provenance=provenance)
@@ -196,6 +196,12 @@ class ScoreWriter:
             os.replace(part.path, path)
         if counted is not None:
             self._on_disk[path.name] = Counts(len(rows.step), rows.n_not_finite)
+
+    def _remove_leftovers(self, *patterns: str) -> None:
+        """What :func:`atomic_path` left when the process was killed."""
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _refuse_another_table(self) -> None:
         if (self.folder / TABLE_FILE).is_file():
