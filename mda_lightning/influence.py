@@ -27,9 +27,9 @@ from mda_lightning.curvature import Fisher, SubspaceEKFAC
 from mda_lightning.curvature.estimate import CurvatureEstimate
 from mda_lightning.curvature.factors import DampingRule
 from mda_lightning.gradients import BlockVector, probe_gradients, sequence_backward
+from mda_lightning.in_run_scores import TrainingStepScorer
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.projection import Projection, Target
-from mda_lightning.taps import TrainingTaps
 from mda_lightning.units import Head
 
 __all__ = [
@@ -268,68 +268,6 @@ def _joined(
         )
         for name, target in targets.items()
     }
-
-
-class TrainingStepScorer:
-    """Scores the samples of each training step from that step's own forward and backward.
-
-    Set ``ihvp``, let the training step run its forward and backward, then :meth:`collect`. Training
-    is not changed: the hooks read and compute, and nothing is added to the graph.
-
-    Args:
-        model: the language model inside the module that trains.
-        units, blocks: what is to be scored; fixed for the scorer's life.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, units: Sequence[Head], blocks: Sequence[BlockName]
-    ) -> None:
-        self._model = model
-        self.units, self.blocks = tuple(units), tuple(blocks)
-        names = [n for block in describe(model).blocks(units, blocks) for n in block.modules]
-        self._projection: Projection | None = None
-        self._partial: Tensor | None = None
-        self._taps = TrainingTaps(model, names, self._consume)
-        self._taps.enabled = False
-
-    def set_ihvp(self, ihvp: BlockVector) -> None:
-        """Score from now on with this IHVP; it must have the scorer's units and blocks."""
-        projection = Projection(self._model, {"": ihvp})
-        target = projection.targets[""]
-        if target.units != self.units or target.blocks != self.blocks:
-            raise ValueError("the IHVP is for other units or blocks than this scorer")
-        self._projection = projection
-
-    def start(self) -> None:
-        """Before the step's forward: forget what was held and listen."""
-        self._partial = None
-        self._taps.enabled = self._projection is not None
-
-    def collect(self, scale: Tensor | float) -> Tensor | None:
-        """After the step's backward: scores [B, U, K], or None if no backward came by.
-
-        Args:
-            scale: what the step's loss must be multiplied by, per sample [B] or in all, to become
-                the sum over the sample's positions: T·B for a mean over all tokens of the batch,
-                times the gradient accumulation and divided by the loss scale.
-        """
-        self._taps.enabled = False
-        partial, self._partial = self._partial, None
-        if partial is None:
-            return None
-        factor = torch.as_tensor(scale, dtype=partial.dtype, device=partial.device)
-        scores = partial.view(-1, len(self.units), len(self.blocks))
-        return scores * factor.reshape(-1, 1, 1)
-
-    def remove(self) -> None:
-        """Take the hooks off; may be called more than once."""
-        self._taps.remove()
-
-    def _consume(self, name: str, x: Tensor, delta: Tensor) -> None:
-        assert self._projection is not None
-        if self._partial is None:
-            self._partial = torch.zeros(len(x), self._projection.width, device=x.device)
-        self._projection.add(self._partial, name, x, delta)
 
 
 def weights_hash(model: nn.Module) -> str:

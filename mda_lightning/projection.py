@@ -6,7 +6,7 @@ shared by all units and mechanisms; a score is then a dot product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import BlockName, describe
 from mda_lightning.gradients import BlockVector
 from mda_lightning.units import Head
+
+#: Numbers of (x, δ) that are converted to float32 at once (16 MiB).
+_CAST_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,43 @@ class _Layer:
     """The rows and columns of one linear layer's G_i that are needed, and the pieces of it."""
 
     def __init__(self) -> None:
-        self.pieces: dict[tuple[int, int, int, int], _Piece] = {}
+        self._by_place: dict[tuple[int, int, int, int], _Piece] = {}
 
-    def add(self, rows: slice, columns: slice, vector: Tensor, place: int) -> None:
+    def take(self, rows: slice, columns: slice, vector: Tensor, place: int) -> None:
         key = (rows.start, rows.stop, columns.start, columns.stop)
-        piece = self.pieces.setdefault(key, _Piece(rows, columns, [], []))
+        piece = self._by_place.setdefault(key, _Piece(rows, columns, [], []))
         piece.vectors.append(vector)
         piece.places.append(place)
 
     def close(self) -> None:
-        pieces = self.pieces.values()
-        self.rows = slice(min(p.rows.start for p in pieces), max(p.rows.stop for p in pieces))
-        self.columns = slice(
-            min(p.columns.start for p in pieces), max(p.columns.stop for p in pieces)
+        """After the last vector: where G_i is formed, and the pieces' places in that."""
+        self.pieces = list(self._by_place.values())
+        self.rows = slice(
+            min(p.rows.start for p in self.pieces), max(p.rows.stop for p in self.pieces)
         )
-        for piece in pieces:
-            piece.vectors = [torch.stack([v.flatten() for v in piece.vectors], dim=1)]
+        self.columns = slice(
+            min(p.columns.start for p in self.pieces), max(p.columns.stop for p in self.pieces)
+        )
+        for piece in self.pieces:
+            piece.vectors = [torch.stack([_wide(v).flatten() for v in piece.vectors], dim=1)]
+            piece.rows = _within(piece.rows, self.rows)
+            piece.columns = _within(piece.columns, self.columns)
+
+    def add(self, out: Tensor, x: Tensor, delta: Tensor) -> None:
+        gradients = torch.bmm(delta.transpose(1, 2), x)
+        for piece in self.pieces:
+            own = gradients[:, piece.rows, piece.columns].flatten(1)
+            found = own @ piece.vectors[0].to(own)
+            for column, place in enumerate(piece.places):
+                out[:, place] -= found[:, column]
+
+
+def _wide(vector: Tensor) -> Tensor:
+    return vector if vector.dtype == torch.float64 else vector.float()
+
+
+def _within(inner: slice, outer: slice) -> slice:
+    return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
 class Projection:
@@ -102,7 +126,7 @@ class Projection:
                         own = ihvp[unit, block_name][row : row + rows.stop - rows.start]
                         row += len(own)
                         layer = self._layers.setdefault(module, _Layer())
-                        layer.add(rows, block.columns, own, self.width)
+                        layer.take(rows, block.columns, own, self.width)
                     self.width += 1
             self.targets[name] = Target(units, blocks, slice(first, self.width))
         for layer in self._layers.values():
@@ -113,25 +137,31 @@ class Projection:
         """Dotted names of the linear layers to listen to."""
         return list(self._layers)
 
+    def columns_of(self, modules: Collection[str]) -> list[int]:
+        """The columns of the scores that these layers have a part in."""
+        pieces = [p for name in modules if name in self._layers for p in self._layers[name].pieces]
+        return sorted({place for piece in pieces for place in piece.places})
+
     def add(self, out: Tensor, module: str, x: Tensor, delta: Tensor) -> None:
-        """Subtract this layer's ⟨G_i, V⟩ from ``out`` [B, width].
+        """Subtract this layer's ⟨G_i, V⟩ from ``out`` [B, width], in float32 at least.
 
         Args:
             out: float32 [B, width].
-            module: dotted name of the layer.
+            module: dotted name of the layer; one that no IHVP is about changes nothing.
             x, delta: its input [B, T, in] and output gradient [B, T, out].
         """
-        layer = self._layers[module]
+        layer = self._layers.get(module)
+        if layer is None:
+            return
         x, delta = x[..., layer.columns], delta[..., layer.rows]
-        if x.dtype != torch.float64:
-            x, delta = x.float(), delta.float()
-        gradients = torch.bmm(delta.transpose(1, 2), x)
-        for piece in layer.pieces.values():
-            rows = slice(piece.rows.start - layer.rows.start, piece.rows.stop - layer.rows.start)
-            first = layer.columns.start
-            columns = slice(piece.columns.start - first, piece.columns.stop - first)
-            own = gradients[:, rows, columns].flatten(1)
-            out[:, piece.places] -= (own @ piece.vectors[0].to(own)).to(out)
+        if x.dtype == delta.dtype and x.dtype in (torch.float32, torch.float64):
+            layer.add(out, x, delta)
+            return
+        # A few samples at a time, so that no copy of a whole batch in float32 is ever there.
+        step = max(1, _CAST_NUMBERS // (x[0].numel() + delta[0].numel()))
+        for first in range(0, len(x), step):
+            own = slice(first, first + step)
+            layer.add(out[own], x[own].float(), delta[own].float())
 
     def split(self, out: Tensor) -> dict[str, Tensor]:
         """The scores [B, width] as [B, U, K] for each mechanism."""

@@ -11,8 +11,6 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-Consume = Callable[[str, Tensor, Tensor], None]
-
 
 class Taps:
     """Forward hooks on named Linear layers that keep their inputs and outputs.
@@ -78,45 +76,3 @@ class Taps:
             name: torch.zeros_like(output) if gradient is None else gradient
             for name, output, gradient in zip(wanted, outputs, found, strict=True)
         }
-
-
-class TrainingTaps:
-    """Taps on someone else's forward and backward: each layer's (x, δ) as the backward reaches it.
-
-    Nothing is kept past the backward, and neither outputs nor gradients are changed. ``consume`` is
-    called with (name, x, δ), both detached, ``[B, T, features]``. While ``enabled`` is False the
-    hooks do nothing, so that probing the same model is not taken for training.
-
-    Args:
-        model: the model that holds the layers.
-        names: dotted names of Linear layers in ``model``.
-        consume: what to do with a layer's input and output gradient.
-    """
-
-    def __init__(self, model: nn.Module, names: Iterable[str], consume: Consume) -> None:
-        self._consume = consume
-        self.enabled = True
-        self._handles = [
-            model.get_submodule(name).register_forward_hook(self._watch(name))
-            for name in dict.fromkeys(names)
-        ]
-
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
-                return
-            layer_input = args[0].detach()
-
-            def arrived(gradient: Tensor) -> None:
-                with torch.no_grad():
-                    self._consume(name, layer_input, gradient.detach())
-
-            output.register_hook(arrived)  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def remove(self) -> None:
-        """Take the hooks off; may be called more than once."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
