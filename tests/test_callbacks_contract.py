@@ -138,7 +138,7 @@ def test_training_is_bit_identical_with_every_callback(tmp_path: Path, name: str
     assert callbacks[2].phase == "closed"
     assert list(callbacks[-1].checkpoints) == [0, 1, 2, 4, 5, 10, 12]
     if case.get("in_run", True):
-        assert (tmp_path / "with" / "mda" / "scores.parquet").exists()
+        assert (tmp_path / "with" / "mda" / "scores").is_dir()
 
 
 class ScoredCurve(CurveMechanism):
@@ -177,7 +177,7 @@ def test_replay_scoring_leaves_training_bit_identical(tmp_path: Path, accumulate
     assert window.window is not None and window.window[1].end < 20
     assert_bit_identical(training_state(with_all), training_state(without))
     assert torch.equal(torch.rand(3), after_without)
-    assert (tmp_path / "with" / "mda" / "scores.parquet").exists()
+    assert (tmp_path / "with" / "mda" / "scores").is_dir()
 
 
 def _marks(module: nn.Module) -> dict[str, Any]:
@@ -349,7 +349,7 @@ def test_the_finders_leave_nothing_behind_that_spoils_the_fit(
     assert callbacks[2].phase == expected[2].phase == "closed"
     assert callbacks[2].window == expected[2].window
     scores = [
-        pd.read_parquet(tmp_path / run / "csv" / "mda" / "scores.parquet")
+        pd.read_parquet(tmp_path / run / "csv" / "mda" / "scores")
         for run in ("plain", "tuned")
     ]
     if not as_callback:

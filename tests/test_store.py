@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mda_lightning.store import ScoreTable
+from mda_lightning.store import ScoreTable, layout
 
 UNITS, BLOCKS = ["L0H0", "L1H2"], ["QK", "V", "O"]
 
@@ -114,6 +114,17 @@ def test_ranks_are_those_of_a_loop_over_samples(
     else:
         assert not caught
     assert table.n_not_finite == sum(np.isnan(score) for _, score in rows)
+
+
+def test_many_rows_are_written_in_parts_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_SCORES_AT_ONCE", 6 * 40)
+    step = np.random.default_rng(0).permutation(np.arange(100) // 4)
+    table = write(tmp_path / "s", np.ones((100, 2, 3)), list(range(100)), step=step)
+    held = [pd.read_parquet(path)["step"] for path in sorted(table.folder.glob("part-*"))]
+    assert [len(one) for one in held] == [40, 40, 20]
+    assert pd.concat(held).tolist() == sorted(step)
 
 
 def test_a_block_ranks_alone(tmp_path: Path) -> None:

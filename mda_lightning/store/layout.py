@@ -24,6 +24,7 @@ Estimator: TypeAlias = Literal["replay", "in_run"]
 ROWS_IN_GROUP = 8192
 """What a query skips or reads as a whole."""
 
+_SCORES_AT_ONCE = 2**22  # 16 MiB of float32
 _METADATA_KEY = b"mda_lightning"
 ROW_COLUMNS = ("sample_id", "step", "ihvp_step", "loss", "domain")
 _KEY_COLUMNS = ROW_COLUMNS[:3]
@@ -112,6 +113,11 @@ class Counts(NamedTuple):
 
     n_rows: int
     n_not_finite: int
+
+
+def rows_at_once(n_units: int, n_blocks: int) -> int:
+    """Rows held in memory, or written as one part."""
+    return max(1, _SCORES_AT_ONCE // (n_units * n_blocks))
 
 
 def parts_of(folder: Path) -> list[Part]:

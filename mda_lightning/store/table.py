@@ -28,6 +28,7 @@ from mda_lightning.store.layout import (
     part_path,
     parts_of,
     read_table_file,
+    rows_at_once,
     stored_in,
     write_part,
 )
@@ -90,7 +91,7 @@ class ScoreTable:
         ihvp_step: ArrayLike = -1,
         domain: ArrayLike | None = None,
     ) -> ScoreTable:
-        """Write a table of one part and open it; one of the same estimator there is replaced.
+        """Write a table and open it; one of the same estimator there is replaced.
 
         Args:
             folder: made when absent; whole or not there at all.
@@ -137,10 +138,12 @@ class ScoreTable:
                     f"{destination} holds {former['estimator']} scores and these are of "
                     f"{estimator}; give another folder, or remove this one"
                 )
+        rows, size = rows.in_order(), rows_at_once(len(units), len(blocks))
         with atomic_path(destination) as aside:
             aside.mkdir()
-            if len(ids):
-                write_part(part_path(aside, rows, rank=0, number=0), rows, layout)
+            for number, first in enumerate(range(0, len(ids), size)):
+                part = rows.where(np.arange(first, min(first + size, len(ids))))
+                write_part(part_path(aside, part, rank=0, number=number), part, layout)
             counts = (len(ids), rows.n_not_finite)
             describe_table(aside, layout, complete=True, counts=counts, provenance=provenance)
         return cls.open(destination)

@@ -23,12 +23,11 @@ from mda_lightning.store.layout import (
     parts_of,
     read_part,
     read_table_file,
+    rows_at_once,
     write_part,
 )
 from mda_lightning.store.rows import ScoreRows, checked, joined
 from mda_lightning.store.table import ScoreTable
-
-_HELD_SCORES = 2**22  # 16 MiB of float32
 
 
 class ScoreWriter:
@@ -40,7 +39,7 @@ class ScoreWriter:
     between, or after an interruption, is an incomplete table without a row twice.
 
     Args:
-        folder: of the table; made when absent.
+        folder: of the table; made when the first part is written.
         units: U names.
         blocks: K names.
         estimator: which one makes the scores.
@@ -71,13 +70,12 @@ class ScoreWriter:
         self._layout = Layout(tuple(units), tuple(blocks), estimator, domains)
         self._rank = rank
         self._world_size = world_size
-        self._most_held = most_held or max(1, _HELD_SCORES // (len(units) * len(blocks)))
+        self._most_held = most_held or rows_at_once(len(units), len(blocks))
         self._held: list[ScoreRows] = []
         self._n_in_memory = 0
         self._refuse_another_table()
         self._remove_leftovers(f".part-r{rank:04d}-*")
         self._on_disk = {p.path.name: check_part(p.path, self._layout) for p in self._own_parts()}
-        self._claim()
 
     @property
     def n_held(self) -> int:
@@ -217,13 +215,11 @@ class ScoreWriter:
                 "another folder"
             )
 
-    def _claim(self) -> None:
-        if not (self.folder / TABLE_FILE).is_file():
-            self._describe(complete=False, counts=None, provenance={})
-
     def _mark_incomplete(self) -> None:
         """Before any change, whichever rank makes it: readers of a complete table rely on it."""
-        self._claim()
+        if not (self.folder / TABLE_FILE).is_file():
+            self._describe(complete=False, counts=None, provenance={})
+            return
         stored = read_table_file(self.folder)
         if stored["complete"]:
             self._describe(complete=False, counts=None, provenance=stored["provenance"])
