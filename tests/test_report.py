@@ -18,7 +18,7 @@ from mda_lightning.analysis.influences import seed_influence
 from mda_lightning.analysis.report import build_report, flattened
 from mda_lightning.analysis.study import StudyError, control_of, load_study
 from mda_lightning.analysis.verdicts import comparisons
-from mda_lightning.store import ScoreTable
+from mda_lightning.store import ScoreTable, ScoreWriter
 
 
 class Page(HTMLParser):
@@ -224,6 +224,17 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"schema_version": 1, "kind": "other"}')
     with pytest.raises(StudyError, match="'other'"):
         build_report(tmp_path)
+
+
+def test_scores_that_are_still_written_are_not_reported(tmp_path: Path) -> None:
+    rows = write_corpus(tmp_path / "corpus", n_rows=60)
+    table = write_scores(tmp_path / "scores", rows, seed=0, unit="L1H1", start=100)
+    again = ScoreWriter(
+        table.folder, units=table.units, blocks=table.blocks, estimator=table.estimator
+    )
+    again.discard_from(105)
+    with pytest.raises(ValueError, match="not complete"):
+        seed_influence(table.folder, seed=0, unit="L1H1", fraction=0.1)
 
 
 def test_samples_trained_on_twice_count_once_and_nan_never(tmp_path: Path) -> None:

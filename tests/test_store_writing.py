@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +64,40 @@ def test_ranks_append_without_touching_each_others_parts(tmp_path: Path) -> None
     frame = table.frame("L0H0")
     for _, part in frame.groupby((frame["step"].diff() < 0).cumsum()):
         assert part[["step", "sample_id"]].apply(tuple, axis=1).is_monotonic_increasing
+
+
+PROCESS = """
+import sys, numpy as np
+from mda_lightning.store import ScoreRows, ScoreWriter
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+one = ScoreWriter(folder, units=["L0H0"], blocks=["QK"], estimator="in_run", rank=rank)
+sys.stdin.readline()  # all begin at once
+for step in range(40):
+    ids, values = np.array([3 * step + rank]), np.full((1, 1, 1), step)
+    one.add(ScoreRows(ids, np.array([step]), values, np.ones(1), np.array([0])))
+    one.flush()
+    if step % 10 == 9:
+        one.discard_from(step - 1)  # the last two, as a run that goes on at an earlier step
+"""
+
+
+def test_processes_write_to_one_folder_at_a_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "s")]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stdin=subprocess.PIPE) for rank in range(3)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    frame = ScoreTable.open(tmp_path / "s").frame("L0H0").sort_values("sample_id")
+    steps = [step for step in range(40) if step % 10 < 8]
+    assert frame["sample_id"].tolist() == [3 * step + rank for step in steps for rank in range(3)]
+    assert frame["score"].tolist() == [step for step in steps for _ in range(3)]
 
 
 def test_memory_is_bounded_and_flushed_by_itself(tmp_path: Path) -> None:

@@ -70,11 +70,16 @@ def seed_influence(path: str | Path, *, seed: int, unit: str, fraction: float) -
             the one that plans are made from.
 
     Raises:
-        ValueError: the table is unreadable, lacks the unit, or has no finite score for it.
+        ValueError: the table is unreadable or incomplete, lacks the unit, or has no finite score
+            for it.
     """
     table = ScoreTable.open(path)
     if unit not in table.units:
         raise ValueError(f"the score table has no unit {unit}: it holds {', '.join(table.units)}")
+    if not table.complete:
+        raise ValueError(
+            "the score table is not complete: its run still goes on or was interrupted"
+        )
     sample_ids, values = table.mean_scores(unit)
     steps = table.frame(unit).groupby("sample_id")["step"].min().to_numpy(dtype=np.int64)
     finite = np.isfinite(values)

@@ -205,9 +205,14 @@ class Study:
         order = BaseOrder(len(self.rows), training.batch_size, training.max_steps, seed)
         pool = np.unique(np.concatenate([order.ids(step) for step in range(*steps)]))
         table = ScoreTable.open(base.folder / "scores")
+        if not table.complete:
+            raise StudyFolderError(
+                f"the scores in {table.folder} are not complete, so no plan can be made of them: "
+                "the base run ended before it had written all; start over with --fresh"
+            )
         top = table.top(unit, fraction=what.fraction)
         source = {
-            "scores": self._relative(base.folder / "scores"),
+            "scores": self._relative(table.folder),
             "unit": unit,
             "estimator": table.estimator,
             "fraction": what.fraction,

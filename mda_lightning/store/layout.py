@@ -147,16 +147,14 @@ def write_part(path: Path, rows: ScoreRows, layout: Layout) -> None:
         [pa.array(c, f.type) for c, f in zip([*columns, *flat], schema, strict=True)],
         schema=schema.with_metadata({_METADATA_KEY: json.dumps(about)}),
     )
-    # The bytes of a float32 compress by their place in the number, if at all.
-    encoding = {f.name: "BYTE_STREAM_SPLIT" for f in schema if f.type == pa.float32()}
     with atomic_path(path) as aside:
         pq.write_table(
             table,
             aside,
             row_group_size=ROWS_IN_GROUP,
-            compression="zstd",
+            compression="zstd",  # splitting floats into bytes gains 7% at ten times the time
             use_dictionary=["step", "ihvp_step", *(["domain"] if layout.domains else [])],
-            column_encoding=encoding | {"sample_id": "DELTA_BINARY_PACKED"},
+            column_encoding={"sample_id": "DELTA_BINARY_PACKED"},
             write_statistics=list(_KEY_COLUMNS),
             write_page_checksum=True,
         )
