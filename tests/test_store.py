@@ -136,6 +136,34 @@ def test_a_block_ranks_alone(tmp_path: Path) -> None:
     assert table.top("L1H2", fraction=0.01).tolist() == [30]
 
 
+@given(st.integers(1, 12), st.integers(0, 999), st.permutations("abc"), st.integers(1, 3))
+@settings(max_examples=25, deadline=None)
+def test_the_union_of_units_is_that_of_a_loop(
+    tmp_path_factory: pytest.TempPathFactory, n: int, seed: int, units: list[str], n_asked: int
+) -> None:
+    asked = units[:n_asked]
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-3, 4, (n, 3, 1)).astype(float)
+    ids = rng.permutation(100)[:n]
+    folder = tmp_path_factory.mktemp("t") / "s"
+    table = write(folder, values, ids.tolist(), units=["a", "b", "c"], blocks=["QK"])
+    count = int(rng.integers(1, n + 1))
+    best: dict[int, tuple[int, int]] = {}
+    for place, unit in enumerate(asked):
+        scored = dict(zip(ids.tolist(), values[:, "abc".index(unit), 0], strict=True))
+        order = sorted(scored, key=lambda i: (-scored[i], i))[:count]
+        for rank, sample in enumerate(order):
+            best[sample] = min(best.get(sample, (n, 0)), (rank, place))
+    assert table.top(asked, count=count).tolist() == sorted(best, key=lambda i: best[i])
+
+
+def test_samples_that_no_update_trained_on_have_no_step(tmp_path: Path) -> None:
+    table = write(tmp_path / "s", np.ones((3, 2, 3)), [3, 1, 2], step=-1, estimator="replay")
+    assert table.frame("L0H0")["sample_id"].tolist() == [1, 2, 3]
+    assert len(table.steps(-1, 0, "L0H0")) == 3 and not len(table.steps(0, 9))
+    assert set(table.frame()["ihvp_step"]) == {-1}
+
+
 def test_several_units_rank_by_the_best_place_of_a_sample(tmp_path: Path) -> None:
     values = np.zeros((5, 2, 3))
     values[:, 0, 0] = [5, 4, 3, 2, 1]
