@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mda_lightning.recipes.settings import (
     TrainingSettings,
 )
 from mda_lightning.schedule import BASE, BaseOrder, Schedule
-from mda_lightning.store import ScoreTable
+from mda_lightning.store import ScoreTable, ScoreWriter
 
 # A previous-token head forms within some hundred steps, which an induction head does not.
 SMALL = StudySettings(
@@ -162,6 +163,20 @@ def test_a_finished_study_is_kept_and_another_is_refused(study: Path, corpus: To
     other = replace(SMALL, training=replace(SMALL.training, learning_rate=2e-3))
     with pytest.raises(StudyFolderError, match="holds a study of other settings"):
         Study(study, other, (0,), corpus.folder).run()
+
+
+def test_no_plan_is_made_of_scores_that_are_not_complete(
+    study: Path, corpus: TokenRows, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(study, folder)
+    seed = _seed(folder)
+    table = ScoreTable.open(folder / seed["scores"])
+    ScoreWriter(
+        table.folder, units=table.units, blocks=table.blocks, estimator=table.estimator
+    ).discard_from(seed["window"]["end"] - 1)
+    with pytest.raises(StudyFolderError, match="not complete, so no plan"):
+        Study(folder, SMALL, (0,), corpus.folder).run()
 
 
 def test_the_report_command_builds_the_report(study: Path, capsys) -> None:
