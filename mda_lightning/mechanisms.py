@@ -188,9 +188,9 @@ def _copy_logprob(model: PreTrainedModel, probes: ProbeSet) -> Tensor:
     end = loss_at_hidden(unembedding(model), at[None], probes.target.to(device)[None])
     assert end.gradient is not None
     weight = probes.weight.to(at)
-    value = -(weight * end.loss[0].to(at)).sum()
+    value: Tensor = -(weight * end.loss[0].to(at)).sum()
     # The value as a function of ``at``, with the gradient that is known already.
-    slope = -(weight[:, None] * end.gradient[0] * at).sum()
+    slope: Tensor = -(weight[:, None] * end.gradient[0] * at).sum()
     return value + slope - slope.detach()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from mda_lightning import __version__
 from mda_lightning.cli.monitor import add_monitor
 from mda_lightning.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from mda_lightning.cli.score import add_score
 from mda_lightning.cli.studies import add_data, add_quickstart, add_report
 from mda_lightning.cli.window import add_window
 
@@ -33,6 +34,8 @@ examples:
                                                 every head at saved or hub checkpoints
   mda-lightning window runs/mine/unit_metrics.parquet
                                                 when each head formed, from a recorded table
+  mda-lightning score runs/mine/checkpoints --data corpora/mine
+                                                which samples promote which heads
 
 exit codes: 0 done, 1 an error that the message names, 2 wrong usage, 130 interrupted
 """
@@ -41,6 +44,7 @@ _GOES_ON = "what was finished is kept: the same command goes on from there"
 _INTERRUPTED = {
     "quickstart": _GOES_ON,
     "monitor": _GOES_ON,
+    "score": "what was scored is kept: the same command goes on with the sample that comes next",
     "fit": "to go on from a checkpoint of the run, add --ckpt_path FILE",
     "data": "no corpus is kept, as it is written whole: the same command begins anew",
     "report": "the study is as it was, its report may not be: the same command builds it anew",
@@ -84,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_monitor(commands)
     add_window(commands)
+    add_score(commands)
     return parser
 
 

@@ -133,8 +133,9 @@ def _metrics(text: str) -> list[str]:
 def _monitor(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from mda_lightning.recipes.checkpoint_display import CheckpointDisplay
     from mda_lightning.recipes.monitor import monitor_checkpoints
-    from mda_lightning.recipes.monitor_display import MonitorDisplay, summary
+    from mda_lightning.recipes.monitor_display import summary
     from mda_lightning.recipes.monitor_metrics import DEFAULT_METRICS
 
     console = Console()
@@ -142,7 +143,7 @@ def _monitor(options: argparse.Namespace) -> int:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    with MonitorDisplay(console, quiet=options.quiet) as display:
+    with CheckpointDisplay(console, quiet=options.quiet) as display:
         monitor_checkpoints(
             options.checkpoints,
             metrics=options.metrics or DEFAULT_METRICS,

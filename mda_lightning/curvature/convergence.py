@@ -49,7 +49,7 @@ def fit_converged(
     batches: Iterable[Tensor],
     probes: Sequence[BlockVector],
     *,
-    tolerance: float = 0.99,
+    tolerance: float = 0.98,
     first: int = 32,
     kind: Kind = "ekfac",
     fisher: Fisher = "sampled",

@@ -138,11 +138,12 @@ class CurvatureEstimate:
             ):
                 if key not in done:
                     done.add(key)
-                    flat = source(values).flatten(0, 1).double()
-                    if key in self._sums:
-                        self._sums[key].addmm_(flat.T, flat)
-                    else:
-                        self._sums[key] = flat.T @ flat
+                    flat = source(values).flatten(0, 1)
+                    if flat.dtype != torch.float64:
+                        flat = flat.float()
+                    # A batch's product as exact as its factors, the sum over batches in float64.
+                    own = (flat.T @ flat).double()
+                    self._sums[key] = own.add_(self._sums[key]) if key in self._sums else own
 
     def _keep(
         self,

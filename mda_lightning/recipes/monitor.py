@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mda_lightning.architectures import describe
 from mda_lightning.checkpoints import Checkpoint, HubRevision, find_checkpoints
 from mda_lightning.influence import weights_hash
 from mda_lightning.measures import Measure
 from mda_lightning.mechanisms import Mechanism
-from mda_lightning.pretraining.sizes import model_config
+from mda_lightning.recipes.checkpoint_choice import (
+    DTYPES,
+    CheckpointProgress,
+    check_dtype,
+    check_same_shape,
+    device_named,
+    pythia_config,
+)
 from mda_lightning.recipes.monitor_files import (
     BY_PLACE,
     KEPT,
@@ -41,38 +47,9 @@ from mda_lightning.recipes.monitor_metrics import (
 )
 from mda_lightning.vocabulary import token_ids_of
 
-DTYPES: Mapping[str, torch.dtype | None] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "auto": None,
-}
-
-
-Doing = Literal["reading", "loading", "measuring", "writing"]
-
 
 class RepeatedWeightsError(ValueError):
     """A checkpoint's weights equal those of another step of the training."""
-
-
-@dataclass(frozen=True)
-class MonitorProgress:
-    """Where a call is: ``done`` of ``total`` checkpoints, and what is being done to which.
-
-    First the configurations of all are read, then each is loaded and measured.
-
-    Attributes:
-        remote: whether it comes from the hub, whose library may show its own bar.
-        seconds_left: estimated from those measured in this call; None before the first.
-    """
-
-    doing: Doing
-    done: int
-    total: int
-    label: str
-    remote: bool
-    seconds_left: float | None
 
 
 def monitor_checkpoints(
@@ -91,7 +68,7 @@ def monitor_checkpoints(
     strict: bool = False,
     trust: bool = False,
     warn: Callable[[str], None] | None = None,
-    watch: Callable[[MonitorProgress], None] | None = None,
+    watch: Callable[[CheckpointProgress], None] | None = None,
 ) -> pd.DataFrame:
     """Measure all heads at every checkpoint; one is in memory at a time.
 
@@ -128,15 +105,14 @@ def monitor_checkpoints(
     """
     say = warn or (lambda message: warnings.warn(message, stacklevel=3))
     show = watch or (lambda progress: None)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    where = _device(device)
+    check_dtype(dtype)
+    where = device_named(device)
     found = find_checkpoints(
-        checkpoints, config=config, prefix=prefix, config_of=_pythia_config, trust=trust
+        checkpoints, config=config, prefix=prefix, config_of=pythia_config, trust=trust
     )
     for i, checkpoint in enumerate(found):
         show(_progress("reading", i, found, checkpoint, None))
-        _check_same_shape(found[0], checkpoint)
+        check_same_shape(found[0], checkpoint)
     built = build_metrics(
         metrics,
         text=text,
@@ -159,7 +135,7 @@ def monitor_checkpoints(
             run.write(complete=False)
         raise
     n = len(found)
-    show(MonitorProgress("writing", n, n, "the table and figures", False, None))
+    show(CheckpointProgress("writing", n, n, "the table and figures", False, None))
     return run.write(complete=True)
 
 
@@ -328,47 +304,12 @@ def _steps(
     return sorted(known, key=lambda one: one[1])
 
 
-def _check_same_shape(first: Checkpoint, other: Checkpoint) -> None:
-    def shape(config: PreTrainedConfig) -> tuple[str, int, int]:
-        return config.model_type, int(config.num_hidden_layers), int(config.num_attention_heads)
-
-    expected, found = shape(first.config()), shape(other.config())
-    if found != expected:
-        words = "{} of {} layers with {} heads"
-        raise ValueError(
-            f"{other.label} is a {words.format(*found)} and {first.label} a "
-            f"{words.format(*expected)}: one table follows one model; call monitor for each, with "
-            "another --output"
-        )
-
-
-def _pythia_config(hyperparameters: Mapping[str, Any]) -> PreTrainedConfig | None:
-    """The configuration in a checkpoint of :class:`PythiaModule`, or None for another module's."""
-    if not {"size", "init_seed", "normalize"} <= set(hyperparameters):
-        return None
-    return model_config(
-        hyperparameters["size"],
-        vocab_size=hyperparameters.get("vocab_size"),
-        seq_len=hyperparameters.get("seq_len"),
-    )
-
-
-def _device(wanted: str) -> torch.device:
-    cuda = torch.cuda.is_available()
-    if wanted == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and not cuda:
-        raise ValueError(f"device {wanted!r}: torch finds no CUDA here; use cpu")
-    return device
-
-
 def _progress(
-    doing: Doing,
+    doing: str,
     done: int,
     found: Sequence[Checkpoint],
     checkpoint: Checkpoint,
     left: float | None,
-) -> MonitorProgress:
+) -> CheckpointProgress:
     remote = isinstance(checkpoint, HubRevision)
-    return MonitorProgress(doing, done, len(found), checkpoint.label, remote, left)
+    return CheckpointProgress(doing, done, len(found), checkpoint.label, remote, left)

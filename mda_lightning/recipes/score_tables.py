@@ -1,0 +1,135 @@
+"""The score tables that a scoring ends with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from mda_lightning.corpora.sources import TokenSource
+from mda_lightning.mechanisms import Mechanism
+from mda_lightning.recipes.score_settings import Share
+from mda_lightning.recipes.score_work import ChunkFolder, mean_chunk
+from mda_lightning.store import ScoreRows, ScoreTable, ScoreWriter
+from mda_lightning.units import Head
+
+_AT_ONCE = 2**14
+
+
+def kept_weights(folder: Path, mechanisms: Sequence[Mechanism], job: str) -> list[str] | None:
+    """Hashes of the weights that complete tables of the same job are of; None without such tables.
+
+    Raises:
+        ValueError: there is a complete table of another job: other samples or settings.
+    """
+    kept: list[str] = []
+    n_complete = 0
+    for mechanism in mechanisms:
+        place = folder / mechanism.name
+        try:
+            table = ScoreTable.open(place)
+        except FileNotFoundError:
+            continue
+        if table.complete:
+            if table.provenance.get("job") != job:
+                raise ValueError(
+                    f"{place} holds scores of other samples or settings; give another --output, "
+                    "or remove it"
+                )
+            n_complete += 1
+            kept = [one["weights_hash"] for one in table.provenance["checkpoints"]]
+    return kept if n_complete == len(mechanisms) else None
+
+
+def write_tables(
+    folder: Path,
+    work: Path,
+    chunks: Sequence[ChunkFolder],
+    mechanisms: Sequence[Mechanism],
+    units: Sequence[Head],
+    *,
+    source: TokenSource,
+    share: Share,
+    span: tuple[int, int],
+    samples_per_step: int | None,
+    ihvp_step: int | None,
+    provenance: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, ScoreTable]:
+    """Write one share's rows; the last share to end completes the tables and removes ``work``.
+
+    Args:
+        folder: of the tables, one a mechanism.
+        work: of the chunks, and of marks of the shares that have ended.
+        chunks: each checkpoint's; their mean is written.
+        source: says the samples' domains.
+        span: this share's samples.
+        samples_per_step, ihvp_step: for the columns ``step`` and ``ihvp_step``; None is -1.
+        provenance: of the tables, but for the mechanism.
+        mechanisms, units, share, say: of the call.
+
+    Returns:
+        The tables by mechanism, or none where other shares have not ended.
+    """
+    has_domains = source.domains([0]) is not None
+
+    def writer(mechanism: Mechanism, rank: int) -> ScoreWriter:
+        return ScoreWriter(
+            folder / mechanism.name,
+            units=[str(unit) for unit in units],
+            blocks=list(mechanism.block_names),
+            estimator="replay",
+            rank=rank,
+            world_size=share.count,
+            domains=has_domains,
+        )
+
+    writers = {m.name: writer(m, share.index) for m in mechanisms}
+    for own in writers.values():
+        own.discard_from(-1)
+    for start in range(*span, _AT_ONCE):
+        stop = min(start + _AT_ONCE, span[1])
+        mean = mean_chunk([one.read(start, stop) for one in chunks])
+        ids = np.arange(start, stop, dtype=np.int64)
+        names = source.domains(ids) if has_domains else None
+        for name, own in writers.items():
+            own.add(
+                ScoreRows(
+                    ids,
+                    np.full(len(ids), -1) if samples_per_step is None else ids // samples_per_step,
+                    mean.values[name],
+                    mean.loss,
+                    np.full(len(ids), -1 if ihvp_step is None else ihvp_step),
+                    None if names is None else np.asarray(names, dtype=np.str_),
+                )
+            )
+    for own in writers.values():
+        own.flush()
+    with FileLock(str(work / ".lock")):
+        marks = [work / f"share-{i}-of-{share.count}.done" for i in range(share.count)]
+        marks[share.index].touch()
+        done = [mark.exists() for mark in marks]
+        if not all(done):
+            waiting = ", ".join(str(i) for i, ended in enumerate(done) if not ended)
+            say(
+                f"share {share.index} of {share.count} is done; the tables are complete once "
+                f"share {waiting} is"
+            )
+            return {}
+        tables = {
+            m.name: writer(m, 0).finish(
+                {
+                    "mechanism": m.name,
+                    "mechanism_settings": m.settings(),
+                    "sign": "positive: training on the sample promotes the unit",
+                    **provenance,
+                }
+            )
+            for m in mechanisms
+        }
+    shutil.rmtree(work)
+    return tables
