@@ -49,7 +49,8 @@ class SequenceBackward(NamedTuple):
         for values in (self.inputs, self.deltas, self.sampled):
             for tensor in values.values():
                 # A sum is finite only if all terms are, and is far cheaper than a test of each.
-                found = found & torch.isfinite(tensor.sum(dim=(1, 2), dtype=torch.float64))
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                found = found & torch.isfinite(tensor.sum(dim=(1, 2), dtype=wide))
         return found
 
 
