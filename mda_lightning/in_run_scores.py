@@ -88,6 +88,18 @@ class TrainingStepScorer:
             self._masked = (weights == 0).nonzero()[:, 0].to(tokens.device)
         self._taps.listening = self._projection is not None
 
+    def listen(self) -> None:
+        """Before a forward that is not to be scored: only hear whether its backward comes by."""
+        self._forget()
+        self._taps.listening = True
+
+    def heard(self) -> bool:
+        """After the backward: whether anything came by since :meth:`listen`."""
+        self._taps.listening = False
+        seen = bool(self._seen)
+        self._forget()
+        return seen
+
     def collect(self, scale: Tensor | float) -> Tensor | None:
         """After the backward: scores [B, U, K] of the only mechanism, or None if no backward came.
 
@@ -143,6 +155,7 @@ class TrainingStepScorer:
 
     def layer(self, name: str, x: Tensor, delta: Tensor) -> None:
         """Score by one layer."""
+        self._seen.add(name)
         if self._projection is None:
             return
         if self._partial is None:
@@ -152,7 +165,6 @@ class TrainingStepScorer:
                 f"{name} ran on {len(x)} samples after {len(self._partial)} in the same step; "
                 "in-run scoring needs every forward of a step to be of the same samples"
             )
-        self._seen.add(name)
         self._projection.add(self._partial, name, x, delta)
 
     def logits(self, logits: Tensor) -> Tensor:

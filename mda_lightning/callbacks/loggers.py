@@ -86,7 +86,7 @@ def alert(trainer: pl.Trainer, title: str, text: str) -> None:
 
 
 def log_file(trainer: pl.Trainer, path: Path, *, name: str, kind: str) -> None:
-    """Keep ``path`` with the run as an artifact on W&B; elsewhere the file itself is the record."""
+    """Keep a file or a folder with the run as an artifact on W&B; elsewhere it is the record."""
     runs = _wandb_runs(trainer)
     if not runs or not path.exists():
         return
@@ -94,7 +94,7 @@ def log_file(trainer: pl.Trainer, path: Path, *, name: str, kind: str) -> None:
 
     for run in runs:
         artifact = wandb.Artifact(name, type=kind)
-        artifact.add_file(str(path))
+        (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
         run.log_artifact(artifact)
 
 

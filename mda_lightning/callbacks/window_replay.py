@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mda_lightning.callbacks.inverse_probe import CurvatureSettings, inverse_probe
-from mda_lightning.callbacks.score_rows import RowBlock
 from mda_lightning.influence import replay_scores, weights_hash
 from mda_lightning.mechanisms import Mechanism
+from mda_lightning.store import ScoreRows
 from mda_lightning.units import Head
 from mda_lightning.window import Edge
 
@@ -106,7 +106,7 @@ def replay_window(
     n_curvature: int,
     batch_size: int,
     settings: CurvatureSettings,
-) -> tuple[RowBlock, dict[str, Any]]:
+) -> tuple[ScoreRows, dict[str, Any]]:
     """Mean over checkpoints of Algorithm 1's scores, and their provenance.
 
     Args:
@@ -140,10 +140,12 @@ def replay_window(
         loss = loss + scores.loss.double() / len(checkpoints)
         used.append({"edge": edge, "step": step, "weights_hash": weights_hash(model)})
     assert isinstance(values, Tensor) and isinstance(loss, Tensor)
-    rows = RowBlock(
+    taken_at = used[0]["step"] if len(used) == 1 else -1  # no single step for a mean
+    rows = ScoreRows(
         data.sample_id,
         data.step,
         values.float().numpy()[place],
         loss.float().numpy()[place],
+        np.full(len(place), taken_at, np.int64),
     )
     return rows, {"checkpoints": used, **factors}

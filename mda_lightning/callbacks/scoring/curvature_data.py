@@ -1,14 +1,45 @@
-"""The training sequences of the last few steps, from which curvature is estimated."""
+"""The sequences that curvature is estimated on while a run scores its own samples."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Mapping
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mda_lightning.corpora import TokenRows
+
 Held = tuple[Tensor, Tensor | None]
+
+CurvatureSet: TypeAlias = str | os.PathLike[str] | TokenRows | Tensor
+"""A corpus folder, its rows, or token ids [N, T+1]."""
+
+
+def fixed_sequences(given: CurvatureSet, *, count: int, batch_size: int) -> list[Tensor]:
+    """``count`` sequences evenly spread over a fixed set, in batches int64 [b, T+1].
+
+    Raises:
+        ValueError: tokens of another shape, or no sequence.
+    """
+    if isinstance(given, Tensor):
+        if given.dim() != 2 or not len(given) or given.shape[1] < 2:
+            raise ValueError(
+                f"curvature_set is of shape {tuple(given.shape)}; give token ids [N, T+1], N >= 1, "
+                "T >= 1"
+            )
+        place = _spread(len(given), count)
+        return list(torch.split(given[torch.from_numpy(place)].to(torch.int64), batch_size))
+    rows = given if isinstance(given, TokenRows) else TokenRows.open(given)
+    tokens = torch.from_numpy(np.asarray(rows.get(_spread(len(rows), count)), np.int64))
+    return list(torch.split(tokens, batch_size))
+
+
+def _spread(n: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.linspace(0, n - 1, min(n, count)).round().astype(np.int64)
 
 
 class RecentSequences:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from mda_lightning.callbacks.attachment import UnsupportedTrainerError, callbacks_before
 from mda_lightning.callbacks.critical_window import CriticalWindow
@@ -51,6 +51,36 @@ def window_before(trainer: pl.Trainer, me: pl.Callback, mechanism: str) -> Criti
     return None
 
 
+def check_names(mechanisms: Sequence[Mechanism]) -> None:
+    """Refuse mechanisms that would share a table.
+
+    Raises:
+        ValueError: none, or two of one name.
+    """
+    names = [one.name for one in mechanisms]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(
+            f"mechanisms {names}: give one or more, each name once; settings of the same mechanism "
+            "are compared by an InfluenceScoring each, with a folder of its own"
+        )
+
+
+def check_alone(trainer: pl.Trainer, me: Any, names: Sequence[str]) -> None:
+    """Refuse another InfluenceScoring that would write the same table.
+
+    Raises:
+        ValueError: there is one.
+    """
+    before, _ = callbacks_before(trainer, me, type(me))
+    for other in before:
+        common = sorted(set(names) & set(other.mechanism_names))
+        if other.folder == me.folder and common:
+            raise ValueError(
+                f"two InfluenceScoring write the scores of {', '.join(common)} to {me.folder}; "
+                "give one of them folder='...'"
+            )
+
+
 def check_setup(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -87,18 +117,33 @@ def check_setup(
         )
 
 
-def check_not_compiled(module: pl.LightningModule) -> None:
-    """Refuse to listen to a compiled model.
+def check_not_wrapped(module: pl.LightningModule) -> None:
+    """Refuse a model that was compiled by wrapping it.
 
     Raises:
-        UnsupportedTrainerError: a module was compiled in place, or wrapped.
+        UnsupportedTrainerError: ``torch.compile(model)`` is somewhere in the module.
     """
-    for part in module.modules():
-        if part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule":
+    for name, part in module.named_modules():
+        if type(part).__name__ == "OptimizedModule":
             raise UnsupportedTrainerError(
-                f"{type(part).__name__} is compiled, and compiled code ignores the hooks by which "
-                "in-run scoring listens; train without torch.compile, or use estimator='replay'"
+                f"{name or 'the module'} is wrapped by torch.compile(...); compile it in place, "
+                "model.compile(...), or use estimator='replay'"
             )
+
+
+def nothing_came(step: int, model: nn.Module) -> str:
+    """Why a scored step left no gradient at the model's heads, as far as can be told."""
+    name = type(model).__name__
+    if any(part._compiled_call_impl is not None for part in model.modules()):
+        return (
+            f"step {step} left no gradient at the heads of {name}, which is compiled: code from "
+            "before this fit knows nothing of the hooks by which in-run scoring listens. "
+            "Call torch.compiler.reset() before trainer.fit(...), or use estimator='replay'"
+        )
+    return (
+        f"step {step} left no gradient at the heads of {name}: the training step did not run it, "
+        "or they are frozen; use estimator='replay', or score another model with model='...'"
+    )
 
 
 def to_summed_loss(

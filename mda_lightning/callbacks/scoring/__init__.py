@@ -1,0 +1,1 @@
+"""The parts of :class:`~mda_lightning.callbacks.InfluenceScoring`."""

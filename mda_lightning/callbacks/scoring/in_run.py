@@ -1,0 +1,168 @@
+"""Scores from training steps' own forward and backward: the part that knows no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mda_lightning.callbacks.inverse_probe import CurvatureSettings
+from mda_lightning.curvature import CurvatureError, SubspaceEKFAC
+from mda_lightning.gradients import BlockVector, probe_gradients
+from mda_lightning.in_run_scores import TrainingStepScorer
+from mda_lightning.influence import zero_probes
+from mda_lightning.mechanisms import Mechanism
+from mda_lightning.units import Head
+
+
+class Refreshed(NamedTuple):
+    """What a refresh found: the curvature's provenance, and by mechanism the units of zero ∇f."""
+
+    provenance: dict[str, Any]
+    zero: dict[str, list[Head]]
+
+
+class BatchScores(NamedTuple):
+    """Scores of a batch, on the CPU.
+
+    Attributes:
+        values: by mechanism, float32 [B, U, K]; NaN where they are not finite, and for samples of
+            weight 0.
+        loss: float32 [B].
+        scale_ratio: by how much the loss was scaled, over what was expected, median over the
+            samples whose loss could be read; NaN without any.
+    """
+
+    values: dict[str, Tensor]
+    loss: Tensor
+    scale_ratio: float
+
+
+class InRunScorer:
+    """Score training batches for all units and several mechanisms at once.
+
+    Hooks are on the model from the beginning until :meth:`remove`, and do something between
+    :meth:`start` and :meth:`collect` only.
+
+    Args:
+        model: the language model that trains.
+        mechanisms: whose f are scored, by name.
+        units: heads.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, mechanisms: Mapping[str, Mechanism], units: Sequence[Head]
+    ) -> None:
+        self._model = model
+        self._mechanisms = dict(mechanisms)
+        self._units = list(units)
+        blocks = dict.fromkeys(b for one in mechanisms.values() for b in one.block_names)
+        self._step = TrainingStepScorer(model, units, list(blocks))
+        self._ihvps: dict[str, BlockVector] = {}
+        self._listened_for: tuple[str, ...] = ()
+        #: Step of the weights at which each mechanism's IHVP was taken.
+        self.taken_at: dict[str, int] = {}
+
+    def refresh(
+        self,
+        names: Sequence[str],
+        batches: Sequence[Tensor],
+        settings: CurvatureSettings,
+        *,
+        step: int,
+    ) -> Refreshed:
+        """Take the curvature once, and each named mechanism's probe gradient, at these weights.
+
+        Raises:
+            CurvatureError: they are not finite.
+        """
+        model, units = self._model, self._units
+        own = {name: self._mechanisms[name] for name in names}
+        found = {name: probe_gradients(model, one, units) for name, one in own.items()}
+        zero = {name: zero_probes(probe) for name, probe in found.items()}
+        provenance: dict[str, Any] = {"curvature": "identity"}
+        if settings.kind != "identity":
+            factors = SubspaceEKFAC.fit(
+                model,
+                units,
+                list(dict.fromkeys(b for one in own.values() for b in one.block_names)),
+                batches,
+                kind=settings.kind,
+                fisher=settings.fisher,
+                seed=settings.seed,
+                damping=settings.damping,
+            )
+            found = {name: factors.solve(probe) for name, probe in found.items()}
+            provenance = factors.to_provenance()
+        for name, ihvp in found.items():
+            broken = [f"{u} {b}" for (u, b), v in ihvp.items() if not bool(v.isfinite().all())]
+            if broken:
+                raise CurvatureError(
+                    f"{name}: the inverse curvature times the probe gradient is not finite for "
+                    f"{', '.join(broken)} at step {step}"
+                )
+        self._ihvps |= found
+        self.taken_at |= dict.fromkeys(found, step)
+        self._listened_for = ()
+        return Refreshed(provenance, zero)
+
+    def start(
+        self, names: Collection[str], tokens: Tensor, weights: Tensor | None
+    ) -> tuple[str, ...]:
+        """Before a batch's forward; returns the mechanisms that it will be scored for.
+
+        Args:
+            names: mechanisms; those without a refresh are left out.
+            tokens: [B, T+1].
+            weights: [B] of the samples in the loss, or None.
+        """
+        ready = tuple(name for name in self._mechanisms if name in names and name in self._ihvps)
+        if ready:
+            if ready != self._listened_for:
+                self._step.set_ihvp({name: self._ihvps[name] for name in ready})
+                self._listened_for = ready
+            self._step.start(tokens, weights)
+        return ready
+
+    def listen(self) -> None:
+        """Before a batch's forward that is not scored: hear whether its backward comes by."""
+        self._step.listen()
+
+    def heard(self) -> bool:
+        """After that batch's backward."""
+        return self._step.heard()
+
+    def collect(
+        self, tokens: Tensor, weights: Tensor | None, *, factor: float
+    ) -> BatchScores | None:
+        """After the batch's backward; None where none passed through the model.
+
+        Args:
+            tokens, weights: as given to :meth:`start`; a sample of weight 0 left no gradient, so
+                its score is NaN.
+            factor: what the loss must be multiplied by to become the sum over all positions.
+        """
+        scale = torch.full((len(tokens),), factor, device=tokens.device)
+        if weights is not None:
+            own = weights.to(scale)
+            scale = torch.where(own > 0, scale / own, torch.nan)
+        found = self._step.collect_all(scale)
+        if found is None:
+            return None
+        # An overflow under fp16 leaves inf, which would be sorted to the top.
+        values = {
+            name: torch.where(torch.isfinite(one), one, torch.nan).cpu()
+            for name, one in found.values.items()
+        }
+        ratio = (found.scale * scale.to(found.scale))[torch.isfinite(found.loss)].cpu()
+        ratio = ratio[torch.isfinite(ratio)]
+        return BatchScores(
+            values, found.loss.cpu(), float(ratio.median()) if len(ratio) else float("nan")
+        )
+
+    def remove(self) -> None:
+        """Take every hook off; may be called more than once."""
+        self._step.remove()

@@ -1,0 +1,61 @@
+"""Scores that are not finite are named, a few of them, and counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mda_lightning.units import Head
+
+_TOLD = 3
+_LISTED = 4
+
+
+class NotFinite:
+    """Samples of a mechanism that were trained on and have no finite score, in this process."""
+
+    def __init__(self) -> None:
+        self.n_samples = 0
+        self._n_told = 0
+
+    def look(
+        self,
+        mechanism: str,
+        step: int,
+        ids: Tensor,
+        values: Tensor,
+        weights: Tensor | None,
+        units: Sequence[Head],
+    ) -> None:
+        """Count, and warn of the first steps that have any.
+
+        Args:
+            ids: [B].
+            values: [B, U, K].
+            weights: [B] or None; a sample of weight 0 has no score and is not meant.
+        """
+        broken = values.isnan().any(2)
+        if weights is not None:
+            broken = broken & (weights.cpu() > 0)[:, None]
+        samples = broken.any(1).nonzero()[:, 0]
+        if not len(samples):
+            return
+        self.n_samples += len(samples)
+        if self._n_told == _TOLD:
+            return
+        self._n_told += 1
+        own = [units[i] for i in broken.any(0).nonzero()[:, 0].tolist()]
+        more = " (further steps are counted, not told)" if self._n_told == _TOLD else ""
+        warnings.warn(
+            f"{mechanism}: at step {step} the gradients of {len(samples)} samples are not finite, "
+            f"or did not come, in the weights of {_listed(own)}: {_listed(ids[samples].tolist())}; "
+            f"their scores are NaN{more}",
+            stacklevel=2,
+        )
+
+
+def _listed(values: Sequence[object]) -> str:
+    text = ", ".join(map(str, values[:_LISTED]))
+    return text if len(values) <= _LISTED else f"{text} and {len(values) - _LISTED} more"
