@@ -234,6 +234,9 @@ def test_folders_and_files_that_are_no_table(tmp_path: Path) -> None:
     pd.DataFrame({"sample_id": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="not of a score table"):
         ScoreTable.open(tmp_path / "other.parquet")
+    (part,) = table.folder.glob("part-*")
+    with pytest.raises(ValueError, match="part of a score table; open its folder"):
+        ScoreTable.open(part)
     old = pa.table({"sample_id": [1]}).replace_schema_metadata(
         {"mda_lightning": json.dumps({"kind": "scores", "schema_version": 1})}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -257,12 +256,6 @@ def check_version(stored: Any, path: Path) -> None:
             f"{path} has score schema {found}, this version reads {SCHEMA_VERSION}; update "
             "mda-lightning"
         )
-
-
-def folder_of(path: str | os.PathLike[str]) -> Path:
-    """The table's folder; the ending ``.parquet`` is dropped."""
-    folder = Path(path)
-    return folder.with_suffix("") if folder.suffix == ".parquet" else folder
 
 
 def _short(value: Any) -> str:

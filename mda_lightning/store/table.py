@@ -23,7 +23,6 @@ from mda_lightning.store.layout import (
     check_part,
     check_version,
     describe_table,
-    folder_of,
     holds_only_a_table,
     part_path,
     parts_of,
@@ -126,7 +125,7 @@ class ScoreTable:
             n_blocks=len(blocks),
             domains=layout.domains,
         )
-        destination = folder_of(folder)
+        destination = Path(folder)
         if not holds_only_a_table(destination):
             raise ValueError(
                 f"{destination} holds something else than a score table; give another folder"
@@ -161,9 +160,10 @@ class ScoreTable:
             ValueError: several tables and no mechanism, a table of another schema, or parts that do
                 not belong to it.
         """
-        path = folder_of(folder)
-        if Path(folder).is_file():
-            check_version(stored_in(Path(folder)), Path(folder))  # schema 1 was a single file
+        path = Path(folder)
+        if path.is_file():
+            check_version(stored_in(path), path)  # schema 1 was a single file
+            raise ValueError(f"{path} is a part of a score table; open its folder, {path.parent}")
         if mechanism is None and (path / TABLE_FILE).is_file():
             return cls(path, read_table_file(path))
         found = sorted(one.parent.name for one in path.glob(f"*/{TABLE_FILE}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from mda_lightning.store.layout import (
     Part,
     check_part,
     describe_table,
-    folder_of,
     holds_only_a_table,
     part_path,
     parts_of,
@@ -66,7 +66,7 @@ class ScoreWriter:
         domains: bool = False,
         most_held: int | None = None,
     ) -> None:
-        self.folder = folder_of(folder)
+        self.folder = Path(folder)
         self._layout = Layout(tuple(units), tuple(blocks), estimator, domains)
         self._rank = rank
         self._world_size = world_size
