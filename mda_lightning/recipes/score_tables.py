@@ -91,11 +91,13 @@ def write_tables(
     writers = {m.name: writer(m, share.index) for m in mechanisms}
     for own in writers.values():
         own.discard_from(-1)
+    broken: list[int] = []
     for start in range(*span, _AT_ONCE):
         stop = min(start + _AT_ONCE, span[1])
         mean = mean_chunk([one.read(start, stop) for one in chunks])
         ids = np.arange(start, stop, dtype=np.int64)
         names = source.domains(ids) if has_domains else None
+        broken += ids[np.isnan(mean.loss)].tolist()
         for name, own in writers.items():
             own.add(
                 ScoreRows(
@@ -109,6 +111,12 @@ def write_tables(
             )
     for own in writers.values():
         own.flush()
+    if broken:
+        say(
+            f"{len(broken)} of {span[1] - span[0]} samples have a gradient that is not finite at "
+            f"some checkpoint and no score (NaN): {', '.join(map(str, broken[:5]))}"
+            f"{' ...' if len(broken) > 5 else ''}"
+        )
     with FileLock(str(work / ".lock")):
         marks = [work / f"share-{i}-of-{share.count}.done" for i in range(share.count)]
         marks[share.index].touch()

@@ -1,0 +1,346 @@
+"""``mda-lightning score``: against the engine called by hand, interrupted, shared, and misused."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from models import random_neox
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from mda_lightning.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, main
+from mda_lightning.corpora import TokenRows
+from mda_lightning.corpora.sources import open_tokens
+from mda_lightning.curvature import SubspaceEKFAC
+from mda_lightning.gradients import probe_gradients
+from mda_lightning.influence import ReplayScorer, fit_and_score, token_scores
+from mda_lightning.mechanisms import mechanism
+from mda_lightning.store import ScoreTable
+from mda_lightning.units import Head
+
+N, LENGTH, VOCAB = 23, 12, 60
+EPSILON = 1e-4
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    found = np.random.default_rng(0).integers(1, VOCAB, (N, LENGTH + 1))
+    found.flat[: VOCAB - 1] = np.arange(1, VOCAB)
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, rows):
+    """Two checkpoints of a model, and the rows as a corpus and as an array."""
+    folder = tmp_path_factory.mktemp("score")
+    for step in (100, 200):
+        random_neox(seed=step, vocab_size=VOCAB).save_pretrained(folder / "models" / f"step{step}")
+    domains = ["even" if i % 2 == 0 else "odd" for i in range(N)]
+    TokenRows.write(
+        folder / "corpus", rows, domains=domains, vocab_size=VOCAB, special_ids=(0,), provenance={}
+    )
+    np.save(folder / "rows.npy", rows.astype(np.uint16))
+    return folder
+
+
+def _score(place, output, *arguments: str, data: str = "corpus", model: str = "models") -> int:
+    # The probe's token ids are the corpus's own; for other data the model's configuration tells.
+    return _main(place / model, place / data, output, "--curvature-samples", "23", *arguments)
+
+
+def _main(model, data, output, *arguments: str) -> int:
+    places = [str(model), "--data", str(data), "--output", str(output)]
+    return main(["score", *places, "--quiet", *arguments])
+
+
+def _expected(step: int, rows: np.ndarray, probe: str = "attention", units=None) -> torch.Tensor:
+    model = random_neox(seed=step, vocab_size=VOCAB)
+    own = mechanism("induction", probe_function=probe, token_ids=np.unique(rows).tolist())
+    units = units or [Head(0, 0), Head(0, 1), Head(1, 0), Head(1, 1)]
+    _, found = fit_and_score(model, {"induction": own}, units, [torch.from_numpy(rows)])
+    return found["induction"].values
+
+
+def _values(table: ScoreTable) -> np.ndarray:
+    return np.stack(
+        [[table.scores(u, b)[1] for b in table.blocks] for u in table.units]
+    ).T.swapaxes(1, 2)
+
+
+def test_scores_are_the_engines_averaged_over_checkpoints(place, rows, tmp_path) -> None:
+    assert _score(place, tmp_path, "--probe", "copy_logprob") == EXIT_OK
+    table = ScoreTable.open(tmp_path)
+    expected = [_expected(step, rows, "copy_logprob") for step in (100, 200)]
+    mean = torch.stack(expected).mean(0).numpy()
+    ids, _ = table.scores("L0H0")
+    assert ids.tolist() == list(range(N)) and table.estimator == "replay" and table.complete
+    scale = np.abs(mean).max()
+    np.testing.assert_allclose(_values(table), mean, atol=1e-4 * scale, rtol=0)
+    assert not np.allclose(expected[0].numpy(), mean, atol=1e-2 * scale)
+    kept = table.provenance["checkpoints"]
+    assert [one["step"] for one in kept] == [100, 200]
+    assert kept[0]["curvature"] == "ekfac" and kept[0]["n_sequences"] == N
+    frame = pd.read_parquet(tmp_path / "induction")
+    assert (frame["ihvp_step"] == -1).all() and (frame["step"] == -1).all()
+    assert set(frame.loc[frame.sample_id % 2 == 0, "domain"]) == {"even"}
+    assert not (tmp_path / ".work").exists() or not any((tmp_path / ".work").iterdir())
+
+
+def test_several_mechanisms_share_a_pass_and_are_two_tables(place, tmp_path, monkeypatch) -> None:
+    passes = []
+    score = ReplayScorer.score
+    monkeypatch.setattr(
+        ReplayScorer, "score", lambda self, t: passes.append(len(t)) or score(self, t)
+    )
+    both = ("--mechanism", "induction,previous_token", "--units", "L1H0,L0H1")
+    assert _score(place, tmp_path / "both", *both, model="models/step100") == EXIT_OK
+    assert sum(passes) == N
+    for name in ("induction", "previous_token"):
+        alone = ("--mechanism", name, "--units", "L1H0,L0H1")
+        assert _score(place, tmp_path / name, *alone, model="models/step100") == EXIT_OK
+        one = ScoreTable.open(tmp_path / name)
+        other = ScoreTable.open(tmp_path / "both", mechanism=name)
+        assert other.units == ("L1H0", "L0H1")
+        a, b = _values(one), _values(other)
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max(), rtol=0)
+
+
+@pytest.mark.parametrize("arguments", [("--batch-size", "1"), ("--batch-size", "7"), ()])
+def test_an_interrupted_call_goes_on_with_the_next_sample(
+    place, tmp_path, monkeypatch, capsys, arguments
+) -> None:
+    """Stopped after every batch in turn, it scores each sample once, to the same bits."""
+    whole = tmp_path / "whole"
+    own = arguments or ("--batch-size", "3")
+    assert _score(place, whole, *own) == EXIT_OK
+    score, scored = ReplayScorer.score, []
+
+    def stopping(self, tokens):
+        if len(scored) % 2:
+            scored.append(0)
+            raise KeyboardInterrupt
+        scored.append(len(tokens))
+        return score(self, tokens)
+
+    monkeypatch.setattr(ReplayScorer, "score", stopping)
+    codes = []
+    while not codes or codes[-1] != EXIT_OK:
+        codes.append(_score(place, tmp_path / "parts", *own))
+    assert set(codes[:-1]) == {EXIT_INTERRUPTED} and len(codes) > 3
+    assert sum(scored) == 2 * N
+    assert "goes on with the sample that comes next" in capsys.readouterr().err
+    np.testing.assert_array_equal(
+        _values(ScoreTable.open(tmp_path / "parts")), _values(ScoreTable.open(whole))
+    )
+
+
+def test_the_batch_size_and_the_shares_change_nothing(place, tmp_path, capsys) -> None:
+    assert _score(place, tmp_path / "one") == EXIT_OK
+    reference = _values(ScoreTable.open(tmp_path / "one"))
+    scale = np.abs(reference).max()
+    assert _score(place, tmp_path / "small", "--batch-size", "2") == EXIT_OK
+    small = _values(ScoreTable.open(tmp_path / "small"))
+    np.testing.assert_allclose(small, reference, atol=1e-5 * scale, rtol=0)
+    for share in (2, 0):
+        assert _score(place, tmp_path / "shared", "--share", f"{share}/3") == EXIT_OK
+        assert not ScoreTable.open(tmp_path / "shared").complete
+    assert "complete once share 1 is" in capsys.readouterr().err
+    assert _score(place, tmp_path / "shared", "--share", "1/3") == EXIT_OK
+    table = ScoreTable.open(tmp_path / "shared")
+    assert table.complete and len(table) == N
+    order = np.argsort(table.scores("L0H0")[0])
+    np.testing.assert_allclose(_values(table)[order], reference, atol=1e-5 * scale, rtol=0)
+
+
+def test_scores_that_are_there_are_not_made_again(place, tmp_path, monkeypatch, capsys) -> None:
+    assert _score(place, tmp_path) == EXIT_OK
+    monkeypatch.setattr(ReplayScorer, "score", lambda *_: pytest.fail("scored again"))
+    assert _score(place, tmp_path) == EXIT_OK
+    assert "holds these scores already" in capsys.readouterr().err
+    for arguments in (("--seed", "1"), ("--units", "L0H0"), ("--samples", "0:5")):
+        assert _score(place, tmp_path, *arguments) == EXIT_ERROR
+        assert "give another --output, or remove it" in capsys.readouterr().err
+    assert _score(place, tmp_path, model="models/step100") == EXIT_ERROR
+    assert "the mean over 2 checkpoints, not over 1" in capsys.readouterr().err
+
+
+def test_factors_are_kept_and_used_again(place, tmp_path, monkeypatch) -> None:
+    assert _score(place, tmp_path, "--samples", "0:20") == EXIT_OK
+    files = sorted((tmp_path / "factors").glob("*.safetensors"))
+    assert len(files) == 2
+    for name in ("induction",):
+        for file in (tmp_path / name).iterdir():
+            file.unlink()
+        (tmp_path / name).rmdir()
+    monkeypatch.setattr(SubspaceEKFAC, "fit", lambda *_, **__: pytest.fail("fitted again"))
+    assert _score(place, tmp_path, "--samples", "0:20", "--damping", "0.3") == EXIT_OK
+    assert ScoreTable.open(tmp_path).provenance["checkpoints"][0]["damping"] == 0.3
+
+
+def test_the_sign_is_that_of_a_step_on_the_sample(place, rows, tmp_path) -> None:
+    """With the plain dot product, a small SGD step on a sample moves f by its score."""
+    arguments = ("--curvature", "identity", "--units", "L1H0", "--probe", "copy_logprob")
+    assert _score(place, tmp_path, *arguments, model="models/step100") == EXIT_OK
+    table = ScoreTable.open(tmp_path)
+    ids, scores = table.scores("L1H0")
+    model = random_neox(seed=100, vocab_size=VOCAB).double()
+    own = mechanism("induction", probe_function="copy_logprob", token_ids=np.unique(rows).tolist())
+    before = own.probe(model).item()
+    for sample in (ids[scores.argmax()], ids[scores.argmin()]):
+        model = random_neox(seed=100, vocab_size=VOCAB).double()
+        tokens = torch.from_numpy(rows[sample])[None]
+        logits = model(tokens[:, :-1]).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
+        attention = model.gpt_neox.layers[1].attention
+        qkv, out = torch.autograd.grad(
+            loss, [attention.query_key_value.weight, attention.dense.weight]
+        )
+        with torch.no_grad():
+            attention.query_key_value.weight[:24] -= EPSILON * qkv[:24]
+            attention.dense.weight[:, :8] -= EPSILON * out[:, :8]
+        change = (own.probe(model).item() - before) / EPSILON
+        assert change == pytest.approx(float(scores[list(ids).index(sample)]), rel=0.05)
+
+
+def test_each_position_part_sums_to_the_score(place, tmp_path) -> None:
+    arguments = ("--per-token", "3,17", "--probe", "copy_logprob")
+    assert _score(place, tmp_path, *arguments) == EXIT_OK
+    parts = pd.read_parquet(tmp_path / "per-token-induction.parquet")
+    assert len(parts) == 2 * LENGTH
+    table = ScoreTable.open(tmp_path)
+    for sample in (3, 17):
+        own = parts[parts.sample_id == sample]
+        assert own.position.tolist() == list(range(LENGTH))
+        for unit in table.units:
+            for block in table.blocks:
+                ids, scores = table.scores(unit, block)
+                total = own[f"{unit}.{block}"].sum()
+                assert total == pytest.approx(
+                    float(scores[list(ids).index(sample)]), rel=1e-3, abs=1e-6
+                )
+
+
+def test_steps_choose_samples_in_the_order_of_training(place, tmp_path) -> None:
+    arguments = ("--steps", "2:5", "--samples-per-step", "4")
+    assert _score(place, tmp_path, *arguments, model="models/step200") == EXIT_OK
+    frame = ScoreTable.open(tmp_path).frame("L0H0")
+    assert frame.sample_id.tolist() == list(range(8, 20))
+    assert frame.step.tolist() == [2] * 4 + [3] * 4 + [4] * 4
+    assert (frame.ihvp_step == 200).all()
+
+
+def test_arrays_and_megatron_files_score_as_the_corpus_does(place, rows, tmp_path) -> None:
+    magic = b"MMIDIDX\x00\x00"
+    header = struct.pack("<9sQBQQ", magic, 1, 8, N, N + 1)
+    sizes = np.full(N, LENGTH + 1, "<i4")
+    pointers = np.arange(N, dtype="<i8") * 2 * (LENGTH + 1)
+    documents = np.arange(N + 1, dtype="<i8")
+    index = header + sizes.tobytes() + pointers.tobytes() + documents.tobytes()
+    (place / "pile.idx").write_bytes(index)
+    (place / "pile.bin").write_bytes(rows.astype("<u2").tobytes())
+    found = {}
+    for data in ("corpus", "rows.npy", "pile", "pile.bin"):
+        assert _score(place, tmp_path / data, data=data, model="models/step100") == EXIT_OK
+        found[data] = _values(ScoreTable.open(tmp_path / data))
+    # Without a corpus the probes draw from all but the special ids, which here are the same ones:
+    # every id but 0 occurs in the rows.
+    for data in ("rows.npy", "pile", "pile.bin"):
+        np.testing.assert_allclose(found[data], found["corpus"], rtol=1e-5, atol=1e-9)
+
+
+def test_documents_are_samples_of_their_own_length(place, tmp_path) -> None:
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rng = np.random.default_rng(1)
+    texts = [" ".join(f"w{i}" for i in rng.integers(1, 40, n)) for n in (9, 3, 1, 13, 5, 30)]
+    lines = [
+        json.dumps({"text": text, "meta": {"domain": f"d{i % 2}"}}) for i, text in enumerate(texts)
+    ]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    source = open_tokens(tmp_path / "texts.jsonl", tokenizer=tokenizer, row_length=13)
+    assert len(source) == 5 and source.get([1]).tolist()[0].count(-1) == 10
+    arguments = ("--tokenizer", str(tmp_path / "tokenizer.json"), "--length", "12")
+    places = (place / "models/step100", tmp_path / "texts.jsonl", tmp_path / "out")
+    assert _main(*places, *arguments, "--curvature", "identity") == EXIT_OK
+    table = ScoreTable.open(tmp_path / "out")
+    model = random_neox(seed=100, vocab_size=VOCAB)
+    own = mechanism("induction", token_ids=range(VOCAB))
+    probe = probe_gradients(model, own, [Head(1, 1)])
+    for sample, text in enumerate(t for t in texts if " " in t):
+        tokens = torch.tensor([[words[w] for w in text.split()][:13]])
+        expected = token_scores(model, probe, tokens).values.sum()
+        ids, scores = table.scores("L1H1")
+        assert float(scores[list(ids).index(sample)]) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--memory", "1KiB"), "a memory budget of 0 MiB is too small: one sequence of 12 tokens"),
+        (("--memory", "lots"), "'lots' is no amount of memory"),
+        (("--units", "L7H0"), "layer 7 is out of range: this model has layers 0..1"),
+        (("--samples", "5:99"), r"samples [5, 99) do not exist: the data has 23"),
+        (("--share", "3/3"), "share 3 of 3: shares are 0..2"),
+        (("--share", "half"), "share 'half': write I/N"),
+        (("--mechanism", "telepathy"), "'telepathy' is not a mechanism; there are: induction"),
+        (("--mechanism", "previous_token", "--probe", "attention"), "--probe is of the induction"),
+        (("--steps", "0:2"), "--steps needs --samples-per-step"),
+        (("--length", "12"), "--length is for texts"),
+        (("--per-token", "99"), "sample 99 does not exist"),
+        (("--damping", "-1"), "damping -1.0 must be a finite number >= 0"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(place, tmp_path, capsys, arguments, message) -> None:
+    assert _score(place, tmp_path / "out", *arguments) == EXIT_ERROR
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "induction").exists()
+
+
+def test_data_that_does_not_fit_is_refused(place, tmp_path, capsys) -> None:
+    np.save(tmp_path / "long.npy", np.ones((3, 200), np.int64))
+    np.save(tmp_path / "high.npy", np.full((3, 9), 99))
+    for name, message in (
+        ("long.npy", "samples of 199 tokens are longer than the model's context of 64"),
+        ("high.npy", "token id 99 is not in the model's vocabulary 0..59"),
+        ("none", "there is nothing at"),
+    ):
+        assert _main(place / "models/step100", tmp_path / name, tmp_path / "out") == EXIT_ERROR
+        assert message in capsys.readouterr().err
+
+
+def test_broken_samples_and_dead_heads_are_named(place, rows, tmp_path, capsys) -> None:
+    """An infinite embedding spoils the samples that hold its token; a zeroed head has no score."""
+    model = random_neox(seed=100, vocab_size=VOCAB)
+    with torch.no_grad():
+        model.gpt_neox.embed_in.weight[5] = torch.inf
+        qkv = model.gpt_neox.layers[1].attention.query_key_value
+        qkv.weight[:16] = 0
+        qkv.bias[:16] = 0
+    model.save_pretrained(tmp_path / "model")
+    fit = rows[~(rows[:, :-1] == 5).any(1)]
+    assert 0 < len(fit) < N
+    own = TokenRows.write(
+        tmp_path / "data", rows, vocab_size=VOCAB, special_ids=(0, 5), provenance={}
+    )
+    assert 5 not in own.token_ids
+    places = (tmp_path / "model", tmp_path / "data", tmp_path / "out")
+    assert _main(*places, "--curvature-samples", "23") == EXIT_OK
+    said = capsys.readouterr().err
+    broken = np.flatnonzero((rows[:, :-1] == 5).any(1))
+    assert f"{len(broken)} of {N} samples have a gradient that is not finite" in said
+    assert f"(NaN): {broken[0]}" in said
+    assert "the gradient of induction's f is zero in L1H0" in said
+    table = ScoreTable.open(tmp_path / "out")
+    ids_, scores = table.scores("L0H0")
+    assert ids_[np.isnan(scores)].tolist() == broken.tolist()
+    with pytest.warns(UserWarning, match="no finite score for L0H0"):
+        assert not set(table.top("L0H0", count=5)) & set(broken)
+    assert np.isnan(table.scores("L1H0")[1]).all()
