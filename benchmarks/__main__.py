@@ -8,9 +8,14 @@ import sys
 
 import torch
 
+from benchmarks import in_run_costs
 from benchmarks.ablation_speed import ablation
 from benchmarks.monitoring_costs import memory, pythia, quickstart
-from benchmarks.quickstart_costs import in_run, replay
+from benchmarks.replay_costs import replay
+from benchmarks.scoring_curves import curves
+from benchmarks.scoring_heads import heads
+from benchmarks.scoring_memory import memory_160m
+from benchmarks.scoring_peers import peers, peers_14m
 from benchmarks.window_simulation import cost, simulated
 
 BENCHMARKS = {
@@ -18,8 +23,15 @@ BENCHMARKS = {
     "monitoring-pythia": pythia,
     "monitoring-quickstart": quickstart,
     "monitoring-memory": memory,
+    "scoring-peers": peers,
+    "scoring-peers-14m": peers_14m,
+    "scoring-heads": heads,
+    "scoring-memory": memory_160m,
+    "scoring-curves": curves,
     "replay": replay,
-    "in-run": in_run,
+    "in-run": in_run_costs.pythia,
+    "in-run-quickstart": in_run_costs.quickstart,
+    "in-run-memory": in_run_costs.memory,
     "window-simulated": simulated,
     "window-cost": cost,
 }

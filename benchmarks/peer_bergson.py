@@ -69,7 +69,8 @@ class BergsonRun:
         """bergson's scores by block, [N]."""
         quiet = contextlib.redirect_stderr(io.StringIO())
         with tempfile.TemporaryDirectory() as folder, quiet:
-            logging.getLogger().setLevel(logging.WARNING)
+            for name in ("CollectorComputer", "HookCollectorBase"):
+                logging.getLogger(name).setLevel(logging.WARNING)
             return self._run(Path(folder))
 
     def _run(self, folder: Path) -> dict[BlockName, Tensor]:
