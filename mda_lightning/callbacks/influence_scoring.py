@@ -17,7 +17,6 @@ from mda_lightning.callbacks.attachment import (
     state_key,
     warn_of_other_folder,
 )
-from mda_lightning.callbacks.inverse_probe import CurvatureSettings
 from mda_lightning.callbacks.loggers import log_file, run_folder
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.callbacks.scoring.batch_fields import BatchFields
@@ -41,6 +40,7 @@ from mda_lightning.callbacks.scoring.training_scores import (
 from mda_lightning.callbacks.scoring.when import Active, When
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.curvature import Fisher
+from mda_lightning.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.store import ScoreTable
 from mda_lightning.units import Head, parse_unit

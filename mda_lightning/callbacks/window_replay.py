@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mda_lightning.callbacks.inverse_probe import CurvatureSettings, inverse_probe
 from mda_lightning.influence import replay_scores, weights_hash
+from mda_lightning.inverse_probes import CurvatureSettings, inverse_probes, warn_of_unscored
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.store import ScoreRows
 from mda_lightning.units import Head
@@ -123,19 +123,19 @@ def replay_window(
     values: Tensor | float = 0.0
     loss: Tensor | float = 0.0
     used: list[dict[str, Any]] = []
-    factors: dict[str, Any] = {}
     # A sample that was trained on twice is scored once.
     unique, place = np.unique(data.sample_id, return_inverse=True)
     for edge, (step, path) in checkpoints.items():
         load_from_checkpoint(model, owner, live, path)
-        ihvp, factors = inverse_probe(
+        found = inverse_probes(
             model,
-            mechanism,
+            {mechanism.name: mechanism},
             units,
             list(data.tokens(data.spread(n_curvature), batch_size)),
             settings,
         )
-        scores = replay_scores(model, ihvp, data.tokens(unique, batch_size))
+        warn_of_unscored(found, at=f" at step {step}")
+        scores = replay_scores(model, found.ihvps[mechanism.name], data.tokens(unique, batch_size))
         values = values + scores.values.double() / len(checkpoints)
         loss = loss + scores.loss.double() / len(checkpoints)
         used.append({"edge": edge, "step": step, "weights_hash": weights_hash(model)})
@@ -148,4 +148,4 @@ def replay_window(
         loss.float().numpy()[place],
         np.full(len(place), taken_at, np.int64),
     )
-    return rows, {"checkpoints": used, **factors}
+    return rows, {"checkpoints": used, **found.provenance}

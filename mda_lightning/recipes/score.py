@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import check_token_ids, describe
 from mda_lightning.checkpoints import Checkpoint, HubRevision, find_checkpoints
 from mda_lightning.corpora.sources import TokenSource
+from mda_lightning.curvature import CurvatureError
 from mda_lightning.gradients import BlockVector
 from mda_lightning.influence import ReplayScorer, weights_hash
+from mda_lightning.inverse_probes import inverse_probes, warn_of_unscored
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.micro_batch import micro_batch
 from mda_lightning.recipes.checkpoint_choice import (
@@ -31,14 +33,13 @@ from mda_lightning.recipes.checkpoint_choice import (
     pythia_config,
 )
 from mda_lightning.recipes.monitor_metrics import versions
-from mda_lightning.recipes.score_curvature import solved_probes
 from mda_lightning.recipes.score_settings import ScoreSettings, Share, job_hash, parse_units
+from mda_lightning.recipes.score_source import fit_to_model
 from mda_lightning.recipes.score_tables import kept_weights, write_tables
 from mda_lightning.recipes.score_tokens import TokenParts, token_parts, write_token_parts
 from mda_lightning.recipes.score_work import ChunkFolder
 from mda_lightning.store import ScoreTable
 from mda_lightning.units import Head
-from mda_lightning.vocabulary import token_ids_of
 
 _WORK = ".work"
 _HELD_NUMBERS = 2**22
@@ -313,20 +314,7 @@ class _Run:
         """What is known once there is a model."""
         layout = describe(model)
         self._units = parse_units(units, layout)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        length = self._source.row_length - 1
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"samples of {length} tokens are longer than the model's context of {limit}; give "
-                "shorter ones"
-            )
-        ids = None if tokenizer is None else token_ids_of(tokenizer, model).tolist()
-        if ids is None and self._source.token_ids is not None:
-            ids = self._source.token_ids.tolist()
-        if ids is not None:
-            self._mechanisms = [m.with_token_ids(ids) for m in self._mechanisms]
-        for mechanism in self._mechanisms:
-            mechanism.check(model)
+        self._mechanisms = fit_to_model(self._mechanisms, model, self._source, tokenizer)
         if layout.sharing:
             self._say(layout.sharing)
         self._job = job_hash(
@@ -349,18 +337,29 @@ class _Run:
         batches = [self._tokens(ids[i : i + at_once]) for i in range(0, len(ids), at_once)]
         for tokens in batches:
             check_token_ids(model, tokens.clamp_min(0))
-        return solved_probes(
-            model,
-            sha,
-            self._mechanisms,
-            self._units,
-            batches,
-            settings=self._settings,
-            folder=self._folder / "factors",
-            memory=None if self._memory is None else self._memory // 2,
-            say=self._say,
-            progress=progress,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = inverse_probes(
+                model,
+                {m.name: m for m in self._mechanisms},
+                self._units,
+                batches,
+                self._settings.curvature_settings,
+                memory=None if self._memory is None else self._memory // 2,
+                progress=progress,
+                kept_in=self._folder / "factors",
+                weights=sha,
+            )
+            warn_of_unscored(found)
+        for one in caught:
+            self._say(str(one.message))
+        for name, units in found.broken.items():
+            if len(units) == len(self._units):
+                raise CurvatureError(
+                    f"the gradient of {name}'s f is not finite in any of the heads: the model has "
+                    "diverged, or its precision is too low"
+                )
+        return found.ihvps, found.provenance
 
     def _score_rest(
         self, number: int, checkpoint: Checkpoint, scorer: ReplayScorer, chunks: ChunkFolder

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mda_lightning.architectures import ModelLayout
 from mda_lightning.curvature import Fisher
+from mda_lightning.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head, parse_unit
 
@@ -46,6 +47,18 @@ class ScoreSettings:
             raise ValueError(f"n_curvature is {self.n_curvature}; it is at least 1, or 'auto'")
         if self.most_curvature < 1:
             raise ValueError(f"most_curvature is {self.most_curvature}; it is at least 1")
+
+    @property
+    def curvature_settings(self) -> CurvatureSettings:
+        """The same for one set of sequences."""
+        return CurvatureSettings(
+            self.curvature,
+            self.fisher,
+            self.damping,
+            self.seed,
+            self.damping_rule,
+            self.tolerance if self.n_curvature == "auto" else None,
+        )
 
     def curvature_ids(self, first: int, last: int) -> NDArray[np.int64]:
         """Numbers of the sequences offered to the curvature: drawn from samples [first, last)."""

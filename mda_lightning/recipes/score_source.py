@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from mda_lightning.checkpoints import find_checkpoints
 from mda_lightning.corpora.sources import TokenSource, holds_text, open_tokens
+from mda_lightning.mechanisms import Mechanism
 from mda_lightning.recipes.checkpoint_choice import pythia_config
+from mda_lightning.vocabulary import token_ids_of
 
 
 def open_source(
@@ -46,6 +50,37 @@ def open_source(
     if own is None:
         raise ValueError(f"{first.label} has no tokenizer.json beside it; give --tokenizer")
     return open_tokens(data, tokenizer=_read(str(own)), row_length=int(cut) + 1)
+
+
+def fit_to_model(
+    mechanisms: Sequence[Mechanism],
+    model: PreTrainedModel,
+    source: TokenSource,
+    tokenizer: str | None,
+) -> list[Mechanism]:
+    """The mechanisms, probed with the tokens in use.
+
+    Args:
+        tokenizer: whose ids probe sequences are drawn from; None takes those of the data, where it
+            tells them, or else the model's.
+
+    Raises:
+        ValueError: samples longer than the model's context, or mechanisms that it cannot have.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = source.row_length - 1
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"samples of {length} tokens are longer than the model's context of {limit}; give "
+            "shorter ones"
+        )
+    ids = None if source.token_ids is None else source.token_ids.tolist()
+    if tokenizer is not None:
+        ids = token_ids_of(tokenizer, model).tolist()
+    found = [own if ids is None else own.with_token_ids(ids) for own in mechanisms]
+    for mechanism in found:
+        mechanism.check(model)
+    return found
 
 
 def _read(place: str) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.callbacks.inverse_probe import CurvatureSettings
-from mda_lightning.curvature import CurvatureError, SubspaceEKFAC
-from mda_lightning.gradients import BlockVector, probe_gradients
+from mda_lightning.architectures import describe
+from mda_lightning.curvature import CurvatureError
+from mda_lightning.gradients import BlockVector
 from mda_lightning.in_run_scores import TrainingStepScorer
-from mda_lightning.influence import zero_probes
+from mda_lightning.inverse_probes import CurvatureSettings, InverseProbes, inverse_probes
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head
 
@@ -76,38 +77,36 @@ class InRunScorer:
     ) -> Refreshed:
         """Take the curvature once, and each named mechanism's probe gradient, at these weights.
 
-        Raises:
-            CurvatureError: they are not finite.
+        Where there is no curvature, samples have no score until the next refresh, with a warning:
+        a run that has diverged is not for its watcher to stop.
         """
-        model, units = self._model, self._units
         own = {name: self._mechanisms[name] for name in names}
-        found = {name: probe_gradients(model, one, units) for name, one in own.items()}
-        zero = {name: zero_probes(probe) for name, probe in found.items()}
-        provenance: dict[str, Any] = {"curvature": "identity"}
-        if settings.kind != "identity":
-            factors = SubspaceEKFAC.fit(
-                model,
-                units,
-                list(dict.fromkeys(b for one in own.values() for b in one.block_names)),
-                batches,
-                kind=settings.kind,
-                fisher=settings.fisher,
-                seed=settings.seed,
-                damping=settings.damping,
+        try:
+            solved = inverse_probes(self._model, own, self._units, batches, settings)
+        except CurvatureError as error:
+            warnings.warn(
+                f"step {step}: {error}. Samples have no score (NaN) until the next refresh",
+                stacklevel=2,
             )
-            found = {name: factors.solve(probe) for name, probe in found.items()}
-            provenance = factors.to_provenance()
-        for name, ihvp in found.items():
-            broken = [f"{u} {b}" for (u, b), v in ihvp.items() if not bool(v.isfinite().all())]
-            if broken:
-                raise CurvatureError(
-                    f"{name}: the inverse curvature times the probe gradient is not finite for "
-                    f"{', '.join(broken)} at step {step}"
-                )
+            solved = self._without_scores(own)
+        found = solved.ihvps
         self._ihvps |= found
         self.taken_at |= dict.fromkeys(found, step)
         self._listened_for = ()
-        return Refreshed(provenance, zero)
+        return Refreshed(solved.provenance, solved.zero)
+
+    def _without_scores(self, mechanisms: Mapping[str, Mechanism]) -> InverseProbes:
+        layout = describe(self._model)
+        ihvps = {
+            name: {
+                (block.unit, block.name): torch.full(
+                    block.shape, torch.nan, device=self._model.device
+                )
+                for block in layout.blocks(self._units, own.block_names)
+            }
+            for name, own in mechanisms.items()
+        }
+        return InverseProbes(ihvps, {"curvature": None}, {name: [] for name in ihvps}, {})
 
     def start(
         self, names: Collection[str], tokens: Tensor, weights: Tensor | None

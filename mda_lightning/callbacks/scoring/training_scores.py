@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import describe
 from mda_lightning.callbacks.attachment import UnsupportedTrainerError, is_rehearsal
 from mda_lightning.callbacks.critical_window import CriticalWindow
-from mda_lightning.callbacks.inverse_probe import CurvatureSettings
 from mda_lightning.callbacks.loggers import log_file, log_scalars
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.callbacks.scoring.batch_fields import BatchFields, HeldBatch
@@ -33,6 +32,7 @@ from mda_lightning.callbacks.scoring.not_finite import NotFinite
 from mda_lightning.callbacks.scoring.output import provenance_of, scores_folder, warn_of_nothing
 from mda_lightning.callbacks.scoring.when import When
 from mda_lightning.influence import weights_hash
+from mda_lightning.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.store import ScoreRows, ScoreWriter
 from mda_lightning.units import Head
