@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -97,6 +98,18 @@ class TrainingTaps:
         self._handles.clear()
         _listening.pop(self._number, None)
         _listeners.pop(self._number, None)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within the block no taps listen: a probe of a model is not taken for its training."""
+    former = dict(_listening)
+    for number in former:
+        _listening[number] = False
+    try:
+        yield
+    finally:
+        _listening.update({number: former[number] for number in _listening if number in former})
 
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mda_lightning.modes import evaluating
+from mda_lightning.training_taps import unheard
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def probe_scope(model: nn.Module) -> Iterator[None]:
     - Precision: autocast is off, so that scores do not depend on the trainer's precision plugin.
     - Compilation: a model compiled in place runs eagerly, since hooks added later are ignored by
       compiled code; its compiled code and guards stay.
+    - In-run scoring: it does not hear what is run here.
     - Gradients: enabled or not as the code inside says. That code uses ``torch.autograd.grad`` and
       never ``.backward``, so no ``.grad`` is touched.
 
@@ -38,6 +40,7 @@ def probe_scope(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_random_states_kept())
         stack.enter_context(evaluating(model))
+        stack.enter_context(unheard())
         for device in {"cpu", *(p.device.type for p in model.parameters())}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.inference_mode(False))
