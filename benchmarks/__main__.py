@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import in_run_costs
 from benchmarks.ablation_speed import ablation
+from benchmarks.in_run_trainer import in_run_trainer
 from benchmarks.monitoring_costs import memory, pythia, quickstart
 from benchmarks.replay_costs import replay
 from benchmarks.scoring_curves import curves
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "replay": replay,
     "in-run": in_run_costs.pythia,
     "in-run-quickstart": in_run_costs.quickstart,
+    "in-run-trainer": in_run_trainer,
     "in-run-memory": in_run_costs.memory,
     "window-simulated": simulated,
     "window-cost": cost,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import HEAD_BLOCKS, Block, BlockName, describe
+from mda_lightning.curvature import Fisher
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head
 
@@ -36,10 +37,19 @@ class PaperProcedure:
         model: at fixed weights.
         unit: the head.
         mechanism: whose f is asked; one value for all heads.
+        fisher: whose labels the curvature is of; the paper's is "sampled".
     """
 
-    def __init__(self, model: PreTrainedModel, unit: Head, mechanism: Mechanism) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        unit: Head,
+        mechanism: Mechanism,
+        *,
+        fisher: Fisher = "sampled",
+    ) -> None:
         self._model, self._mechanism = model, mechanism
+        self._sampled = fisher == "sampled"
         self._layout = describe(model)
         self._blocks = {b.name: b for b in self._layout.blocks([unit], HEAD_BLOCKS)}
 
@@ -83,7 +93,7 @@ class PaperProcedure:
             self._model.get_submodule(name).register_forward_hook(partial(watch, name=name))
             for name in {block.modules[0] for block in self._blocks.values()}
         ]
-        for _ in self._gradients(tokens, sampled=True):
+        for _ in self._gradients(tokens, sampled=self._sampled):
             pass
         for handle in handles:
             handle.remove()
@@ -98,7 +108,7 @@ class PaperProcedure:
         }
 
     def _correct(self, curvature: dict[BlockName, _Curvature], tokens: Tensor) -> None:
-        for gradient in self._gradients(tokens, sampled=True):
+        for gradient in self._gradients(tokens, sampled=self._sampled):
             for name, own in curvature.items():
                 own.eigenvalues += (own.basis_s.T @ gradient[name] @ own.basis_a).square()
         for own in curvature.values():
