@@ -15,6 +15,7 @@ from in_run_fits import (
     StillModule,
     assert_close,
     expected_scores,
+    ihvp_of,
     scoring,
     values_of,
 )
@@ -157,7 +158,7 @@ def test_replay_scores_the_window_at_its_checkpoints(tmp_path: Path, edges: list
         saved = torch.load(run[2].checkpoints[edge][1], weights_only=True)["state_dict"]
         model.load_state_dict({k.removeprefix("net.lm."): v for k, v in saved.items()})
         curve = [torch.from_numpy(data.rows.get(ids[spread]))]
-        ihvp = _ihvp(model, [Head(1, 1)], curve)
+        ihvp = ihvp_of(model, [Head(1, 1)], curve)
         tokens = torch.from_numpy(data.rows.get(ids))
         totals.append(replay_scores(model, ihvp, [tokens]).values.sum((1, 2)).numpy())
     expected = dict(zip(ids, np.mean(totals, 0), strict=True))

@@ -14,16 +14,14 @@ from mda_lightning.architectures import describe
 from mda_lightning.curvature import CurvatureError
 from mda_lightning.gradients import BlockVector
 from mda_lightning.in_run_scores import TrainingStepScorer
-from mda_lightning.inverse_probes import CurvatureSettings, InverseProbes, inverse_probes
+from mda_lightning.inverse_probes import (
+    CurvatureSettings,
+    InverseProbes,
+    inverse_probes,
+    warn_of_unscored,
+)
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head
-
-
-class Refreshed(NamedTuple):
-    """What a refresh found: the curvature's provenance, and by mechanism the units of zero ∇f."""
-
-    provenance: dict[str, Any]
-    zero: dict[str, list[Head]]
 
 
 class BatchScores(NamedTuple):
@@ -66,6 +64,8 @@ class InRunScorer:
         self._listened_for: tuple[str, ...] = ()
         #: Step of the weights at which each mechanism's IHVP was taken.
         self.taken_at: dict[str, int] = {}
+        #: Units that no sample has a score of, since the last refresh.
+        self.unscored: dict[str, set[Head]] = {}
 
     def refresh(
         self,
@@ -74,9 +74,10 @@ class InRunScorer:
         settings: CurvatureSettings,
         *,
         step: int,
-    ) -> Refreshed:
+    ) -> dict[str, Any]:
         """Take the curvature once, and each named mechanism's probe gradient, at these weights.
 
+        Returns the curvature's provenance; units that cannot be scored are named in a warning.
         Where there is no curvature, samples have no score until the next refresh, with a warning:
         a run that has diverged is not for its watcher to stop.
         """
@@ -89,11 +90,13 @@ class InRunScorer:
                 stacklevel=2,
             )
             solved = self._without_scores(own)
-        found = solved.ihvps
-        self._ihvps |= found
-        self.taken_at |= dict.fromkeys(found, step)
+        warn_of_unscored(solved, at=f" at step {step}")
+        self._ihvps |= solved.ihvps
+        self.taken_at |= dict.fromkeys(names, step)
+        for name, ihvp in solved.ihvps.items():
+            self.unscored[name] = {unit for (unit, _), v in ihvp.items() if bool(v.isnan().any())}
         self._listened_for = ()
-        return Refreshed(solved.provenance, solved.zero)
+        return solved.provenance
 
     def _without_scores(self, mechanisms: Mapping[str, Mechanism]) -> InverseProbes:
         layout = describe(self._model)
@@ -106,7 +109,8 @@ class InRunScorer:
             }
             for name, own in mechanisms.items()
         }
-        return InverseProbes(ihvps, {"curvature": None}, {name: [] for name in ihvps}, {})
+        none: dict[str, list[Head]] = {name: [] for name in ihvps}
+        return InverseProbes(ihvps, {"curvature": None}, none, none)
 
     def start(
         self, names: Collection[str], tokens: Tensor, weights: Tensor | None

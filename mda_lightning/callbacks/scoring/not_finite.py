@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 
+from mda_lightning.callbacks.scoring.batch_fields import HeldBatch
 from mda_lightning.units import Head
 
 _TOLD = 3
@@ -24,21 +26,22 @@ class NotFinite:
         self,
         mechanism: str,
         step: int,
-        ids: Tensor,
+        batch: HeldBatch,
         values: Tensor,
-        weights: Tensor | None,
         units: Sequence[Head],
+        scored: Collection[Head],
     ) -> None:
         """Count, and warn of the first steps that have any.
 
         Args:
-            ids: [B].
+            batch: its samples of weight 0 have no score and are not meant.
             values: [B, U, K].
-            weights: [B] or None; a sample of weight 0 has no score and is not meant.
+            units: U.
+            scored: those of them that samples have a score of.
         """
-        broken = values.isnan().any(2)
-        if weights is not None:
-            broken = broken & (weights.cpu() > 0)[:, None]
+        broken = values.isnan().any(2) & torch.tensor([unit in scored for unit in units])
+        if batch.weights is not None:
+            broken &= (batch.weights.cpu() > 0)[:, None]
         samples = broken.any(1).nonzero()[:, 0]
         if not len(samples):
             return
@@ -46,11 +49,12 @@ class NotFinite:
         if self._n_told == _TOLD:
             return
         self._n_told += 1
+        ids = batch.ids[samples].tolist()
         own = [units[i] for i in broken.any(0).nonzero()[:, 0].tolist()]
         more = " (further steps are counted, not told)" if self._n_told == _TOLD else ""
         warnings.warn(
             f"{mechanism}: at step {step} the gradients of {len(samples)} samples are not finite, "
-            f"or did not come, in the weights of {_listed(own)}: {_listed(ids[samples].tolist())}; "
+            f"or did not come, in the weights of {_listed(own)}: {_listed(ids)}; "
             f"their scores are NaN{more}",
             stacklevel=2,
         )

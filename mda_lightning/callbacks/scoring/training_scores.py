@@ -189,7 +189,8 @@ class TrainingScores:
             if one.name not in self._listening_for:
                 continue
             values = found.values[one.name]
-            one.not_finite.look(one.name, step, batch.ids, values, batch.weights, self._units)
+            scored = [u for u in self._units if u not in scorer.unscored[one.name]]
+            one.not_finite.look(one.name, step, batch, values, self._units, scored)
             if is_rehearsal(trainer):
                 continue
             at = (step, scorer.taken_at[one.name])
@@ -259,15 +260,9 @@ class TrainingScores:
         batches = [tokens.to(self._model.device) for tokens in batches]
         names = [one.name for one in active]
         with probe_scope(self._model):
-            found = self._scorer.refresh(names, batches, self._settings.curvature, step=step)
-        self._curvature = found.provenance
-        for name, units in found.zero.items():
-            if units:
-                warnings.warn(
-                    f"{name}: at step {step} the gradient of f is zero in all weights of "
-                    f"{', '.join(map(str, units))}, so every score of them is 0",
-                    stacklevel=2,
-                )
+            self._curvature = self._scorer.refresh(
+                names, batches, self._settings.curvature, step=step
+            )
         seconds = time.perf_counter() - began
         self.refreshes.append(
             {
