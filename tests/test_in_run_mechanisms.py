@@ -23,7 +23,7 @@ from in_run_fits import (
     scoring,
     values_of,
 )
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from training import Clock, CurveMechanism, Rows, StrangersModule, fit, jump
 
 from mda_lightning.callbacks import CriticalWindow, InfluenceScoring, UnitMonitor
@@ -208,7 +208,8 @@ class Apart(pl.LightningDataModule):
     """Rows in turn: rank 0 has the even ones."""
 
     def train_dataloader(self) -> Any:
-        return DataLoader(Weighted(32), batch_size=4)
+        data = Weighted(32)
+        return DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False))
 
 
 @pytest.mark.slow
