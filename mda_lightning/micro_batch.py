@@ -13,7 +13,7 @@ from mda_lightning.free_memory import free_memory
 from mda_lightning.gradients import sequence_backward
 
 #: Positions at once beyond which a batch gains nothing.
-_ENOUGH = {"cpu": 2**14, "cuda": 2**18}
+_ENOUGH = {"cpu": 2**13, "cuda": 2**18}
 #: Logits, probabilities and what is small, whatever the batch.
 _FIXED = 2**27
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -58,7 +58,7 @@ def micro_batch(
 ) -> int:
     """Sequences at once for :func:`sequence_backward` within ``memory`` bytes, at least 1.
 
-    No more than 16,384 positions on a CPU, 262,144 on a GPU: beyond those it gets no faster. The
+    No more than 8,192 positions on a CPU, 262,144 on a GPU: beyond those it gets no faster. The
     scores do not depend on it, but for rounding.
 
     Args:

@@ -35,7 +35,7 @@ def test_the_batch_is_what_fits_and_no_more(monkeypatch) -> None:
     fixed = module._FIXED
     assert micro_batch(model, names, length=32, memory=fixed + one) == 1
     assert micro_batch(model, names, length=32, memory=fixed + 7 * one + one // 2) == 7
-    assert micro_batch(model, names, length=32, memory=2**40) == 2**14 // 32
+    assert micro_batch(model, names, length=32, memory=2**40) == 2**13 // 32
     with pytest.raises(MemoryBudgetError, match=r"128 MiB is too small: one sequence of 32 tokens"):
         micro_batch(model, names, length=32, memory=fixed)
     monkeypatch.setattr(module, "free_memory", lambda device: 2 * (fixed + 3 * one))

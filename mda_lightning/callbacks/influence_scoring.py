@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,13 @@ from mda_lightning.callbacks.scoring.needs import (
     monitor_before,
     window_before,
 )
-from mda_lightning.callbacks.scoring.output import provenance_of, scores_folder, warn_of_nothing
+from mda_lightning.callbacks.scoring.output import (
+    provenance_of,
+    scores_folder,
+    warn_of_nothing,
+    write_replay,
+)
+from mda_lightning.callbacks.scoring.replay_bar import replay_bar
 from mda_lightning.callbacks.scoring.training_scores import (
     Scored,
     TrainingScores,
@@ -42,7 +49,6 @@ from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.curvature import Fisher
 from mda_lightning.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
-from mda_lightning.store import ScoreTable
 from mda_lightning.units import Head, parse_unit
 from mda_lightning.window import Edge
 
@@ -86,7 +92,8 @@ class InfluenceScoring(pl.Callback):
         curvature: "ekfac", "kfac", or "identity" for the plain dot product with ∇f.
         fisher, damping, seed: of the curvature.
         replay_at: the kept checkpoints whose scores are averaged, of "start", "mid", "end".
-        replay_batch_size: sequences at once in replay, and of a ``curvature_set``.
+        replay_batch_size: sequences at once in replay, and of a ``curvature_set``; None takes as
+            many as half of the free memory holds, and 32 of the set.
         sample_id_key, tokens_key, weight_key: names in the batch; tokens_key None takes ``tokens``
             or ``input_ids``.
         loss_reduction: how the training loss is made of token losses: their mean over the batch
@@ -116,7 +123,7 @@ class InfluenceScoring(pl.Callback):
         damping: float = 0.1,
         seed: int = 0,
         replay_at: Sequence[Edge] = ("start", "mid", "end"),
-        replay_batch_size: int = 32,
+        replay_batch_size: int | None = None,
         sample_id_key: str = "sample_id",
         tokens_key: str | None = None,
         weight_key: str = "weight",
@@ -126,7 +133,7 @@ class InfluenceScoring(pl.Callback):
         folder: str | None = None,
     ) -> None:
         super().__init__()
-        if min(refresh_every, n_curvature, replay_batch_size) < 1:
+        if min(refresh_every, n_curvature, replay_batch_size or 1) < 1:
             raise ValueError("refresh_every, n_curvature and replay_batch_size are at least 1")
         self.estimator = estimator
         self.folder: Path | None = None
@@ -157,7 +164,7 @@ class InfluenceScoring(pl.Callback):
                 refresh_every=refresh_every,
                 n_curvature=n_curvature,
                 curvature_set=curvature_set,
-                batch_size=replay_batch_size,
+                batch_size=replay_batch_size or 32,
                 curvature=self._curvature,
             )
         )
@@ -295,7 +302,9 @@ class InfluenceScoring(pl.Callback):
             units = [unit for unit, _ in one.window.target_windows]
         end = trainer.global_step if window.end is None else window.end
         source: Any = trainer.datamodule  # type: ignore[attr-defined]
-        with probe_scope(self._model):
+        folder = scores_folder(self.folder, one.mechanism)
+        work = folder.with_name(f".{folder.name}.replay")
+        with probe_scope(self._model), replay_bar(trainer, one.name) as progress:
             rows, facts = replay_window(
                 self._model,
                 pl_module,
@@ -306,18 +315,15 @@ class InfluenceScoring(pl.Callback):
                 n_curvature=self._n_curvature,
                 batch_size=self._replay_batch_size,
                 settings=self._curvature,
+                work=work,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                progress=progress,
             )
-        if trainer.is_global_zero:
-            sharing = describe(self._model).sharing
-            table = ScoreTable.write(
-                scores_folder(self.folder, one.mechanism),
-                **rows._asdict(),
-                units=[str(unit) for unit in units],
-                blocks=list(one.mechanism.block_names),
-                estimator=self.estimator,
-                provenance=provenance_of(
-                    trainer, one.mechanism, one.window, **facts, sharing=sharing
-                ),
-            )
+        sharing = describe(self._model).sharing
+        provenance = provenance_of(trainer, one.mechanism, one.window, **facts, sharing=sharing)
+        table = write_replay(trainer, folder, rows, units, one.mechanism, provenance)
+        if table is not None:
+            shutil.rmtree(work, ignore_errors=True)
             log_file(trainer, table.folder, name=f"{one.name}-scores", kind="influence-scores")
         self._replayed.add(one.name)  # only now: interrupted before, a resumed run scores again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -14,12 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mda_lightning.influence import replay_scores, weights_hash
-from mda_lightning.inverse_probes import CurvatureSettings, inverse_probes, warn_of_unscored
+from mda_lightning.architectures import describe
+from mda_lightning.files import sha256_of
+from mda_lightning.influence import ReplayScorer, weights_hash
+from mda_lightning.inverse_probes import (
+    CurvatureSettings,
+    InverseProbes,
+    inverse_probes,
+    warn_of_unscored,
+)
 from mda_lightning.mechanisms import Mechanism
+from mda_lightning.micro_batch import micro_batch
 from mda_lightning.store import ScoreRows
+from mda_lightning.store.chunks import ChunkFolder, mean_chunk
 from mda_lightning.units import Head
 from mda_lightning.window import Edge
+
+_HELD_NUMBERS = 2**20
 
 
 class Rows(Protocol):
@@ -104,10 +115,17 @@ def replay_window(
     mechanism: Mechanism,
     units: Sequence[Head],
     n_curvature: int,
-    batch_size: int,
+    batch_size: int | None,
     settings: CurvatureSettings,
+    work: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[ScoreRows, dict[str, Any]]:
     """Mean over checkpoints of Algorithm 1's scores, and their provenance.
+
+    Ranks share the samples and all estimate the same curvature. Scores are kept in ``work`` as they
+    come: interrupted, the same call goes on with the sample that comes next.
 
     Args:
         live: the language model that trains; it is not touched.
@@ -116,36 +134,74 @@ def replay_window(
         data: the samples.
         mechanism, units: whose f is scored, and which heads.
         n_curvature: sequences, evenly spread over the window, for the curvature.
-        batch_size: sequences at once.
+        batch_size: sequences at once; None takes as many as half of the free memory holds.
         settings: of the curvature.
+        work: a folder for this; whoever calls removes it.
+        rank, world_size: this process, and how many share the work.
+        progress: told what is done, how many samples, and of how many.
+
+    Returns:
+        This rank's rows, in the order of the stream, and the provenance.
     """
     model = fresh_copy(live)
-    values: Tensor | float = 0.0
-    loss: Tensor | float = 0.0
-    used: list[dict[str, Any]] = []
     # A sample that was trained on twice is scored once.
-    unique, place = np.unique(data.sample_id, return_inverse=True)
+    unique = np.unique(data.sample_id)
+    own = unique[len(unique) * rank // world_size : len(unique) * (rank + 1) // world_size]
+    curvature_ids = data.spread(n_curvature)
+    chunks: list[ChunkFolder] = []
+    used: list[dict[str, Any]] = []
+    found: InverseProbes | None = None
     for edge, (step, path) in checkpoints.items():
         load_from_checkpoint(model, owner, live, path)
-        found = inverse_probes(
-            model,
-            {mechanism.name: mechanism},
-            units,
-            list(data.tokens(data.spread(n_curvature), batch_size)),
-            settings,
-        )
+        sha = weights_hash(model)
+        used.append({"edge": edge, "step": step, "weights_hash": sha})
+        if batch_size is None:
+            batch_size = _batch_size(model, mechanism, units, data)
+        offered = list(data.tokens(curvature_ids, batch_size))
+        found = inverse_probes(model, {mechanism.name: mechanism}, units, offered, settings)
         warn_of_unscored(found, at=f" at step {step}")
-        scores = replay_scores(model, found.ihvps[mechanism.name], data.tokens(unique, batch_size))
-        values = values + scores.values.double() / len(checkpoints)
-        loss = loss + scores.loss.double() / len(checkpoints)
-        used.append({"edge": edge, "step": step, "weights_hash": weights_hash(model)})
-    assert isinstance(values, Tensor) and isinstance(loss, Tensor)
+        key = sha256_of(
+            repr((mechanism.name, mechanism.settings(), [str(u) for u in units], settings)),
+            sha,
+            own,
+            curvature_ids,
+        )
+        held = max(1, _HELD_NUMBERS // (len(units) * len(mechanism.block_names)))
+        chunks.append(ChunkFolder(work / key[:16], first=0, most_held=held))
+        scorer = ReplayScorer(model, found.ihvps)
+        try:
+            for tokens in data.tokens(own[chunks[-1].next :], batch_size):
+                values, loss = scorer.score(tokens)
+                chunks[-1].add({k: v.numpy() for k, v in values.items()}, loss.numpy())
+                if progress is not None:
+                    done = (len(chunks) - 1) * len(own) + chunks[-1].next
+                    progress(f"step {step}", done, len(own) * len(checkpoints))
+        finally:
+            chunks[-1].flush()
+    assert found is not None
+    if not len(own):
+        raise ValueError(
+            f"{len(unique)} samples are too few to share among {world_size} processes; score them "
+            "with `mda-lightning score`, or train on fewer"
+        )
+    mean = mean_chunk([one.read(0, len(own)) for one in chunks])
+    mine = np.isin(data.sample_id, own)
+    place = np.searchsorted(own, data.sample_id[mine])
     taken_at = used[0]["step"] if len(used) == 1 else -1  # no single step for a mean
     rows = ScoreRows(
-        data.sample_id,
-        data.step,
-        values.float().numpy()[place],
-        loss.float().numpy()[place],
+        data.sample_id[mine],
+        data.step[mine],
+        mean.values[mechanism.name][place],
+        mean.loss[place],
         np.full(len(place), taken_at, np.int64),
     )
     return rows, {"checkpoints": used, **found.provenance}
+
+
+def _batch_size(
+    model: PreTrainedModel, mechanism: Mechanism, units: Sequence[Head], data: WindowData
+) -> int:
+    blocks = describe(model).blocks(units, mechanism.block_names)
+    names = list(dict.fromkeys(name for block in blocks for name in block.modules))
+    length = data.rows.get(data.sample_id[:1]).shape[1] - 1
+    return micro_batch(model, names, length=length)

@@ -37,8 +37,8 @@ from mda_lightning.recipes.score_settings import ScoreSettings, Share, job_hash,
 from mda_lightning.recipes.score_source import fit_to_model
 from mda_lightning.recipes.score_tables import kept_weights, write_tables
 from mda_lightning.recipes.score_tokens import TokenParts, token_parts, write_token_parts
-from mda_lightning.recipes.score_work import ChunkFolder
 from mda_lightning.store import ScoreTable
+from mda_lightning.store.chunks import ChunkFolder
 from mda_lightning.units import Head
 
 _WORK = ".work"

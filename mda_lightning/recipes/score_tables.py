@@ -13,8 +13,8 @@ from filelock import FileLock
 from mda_lightning.corpora.sources import TokenSource
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.recipes.score_settings import Share
-from mda_lightning.recipes.score_work import ChunkFolder, mean_chunk
 from mda_lightning.store import ScoreRows, ScoreTable, ScoreWriter
+from mda_lightning.store.chunks import ChunkFolder, mean_chunk
 from mda_lightning.units import Head
 
 _AT_ONCE = 2**14

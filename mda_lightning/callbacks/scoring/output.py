@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import lightning.pytorch as pl
 from mda_lightning.callbacks.attachment import versions
 from mda_lightning.callbacks.critical_window import CriticalWindow
 from mda_lightning.mechanisms import Mechanism
+from mda_lightning.store import ScoreRows, ScoreTable, ScoreWriter
+from mda_lightning.units import Head
 
 SCORES_FOLDER = "scores"
 
@@ -42,6 +45,30 @@ def provenance_of(
         "versions": versions(),
         **facts,
     }
+
+
+def write_replay(
+    trainer: pl.Trainer,
+    folder: Path,
+    rows: ScoreRows,
+    units: Sequence[Head],
+    mechanism: Mechanism,
+    provenance: Mapping[str, Any],
+) -> ScoreTable | None:
+    """Write the rows of every rank as one table, which rank 0 gets back."""
+    writer = ScoreWriter(
+        folder,
+        units=[str(unit) for unit in units],
+        blocks=list(mechanism.block_names),
+        estimator="replay",
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+    writer.discard_from(-1)  # of an earlier, unfinished replay
+    writer.add(rows)
+    writer.flush()
+    trainer.strategy.barrier("InfluenceScoring.replay")
+    return writer.finish(provenance) if trainer.is_global_zero else None
 
 
 def warn_of_nothing(mechanism: Mechanism, why: str, more: str) -> None:
