@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from models import random_neox
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
 from training import Rows, StrangersModule
+from transformers import AutoModelForCausalLM
+
+from mda_lightning.cli import EXIT_OK, _parser, main
+from mda_lightning.corpora import TokenRows
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 
@@ -53,3 +66,87 @@ def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
     assert links
     assert [link for link in links if not (root / link).exists()] == []
+
+
+def test_the_examples_of_the_influence_page_run(tmp_path: Path, monkeypatch) -> None:
+    """One after another, on a small random model and a small corpus in place of the hub's."""
+    page = (Path(__file__).parents[1] / "docs" / "influence.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert "replay_scores(model" in blocks[0] and len(blocks) >= 8
+    rows = np.random.default_rng(0).integers(1, 60, (512, 13))
+    TokenRows.write(
+        tmp_path / "corpora" / "mine", rows, vocab_size=60, special_ids=(0,), provenance={}
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *_, **__: random_neox(vocab_size=60, n_layers=4),
+    )
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    first = names["scores"].values.clone()
+    assert first.shape == (512, 2, 1) and bool((first.std(dim=0) > 0).all())
+    for block in blocks[1:]:
+        exec(block, names)
+    ids = names["table"].top("L3H0", count=5).tolist()
+    assert ids == first[:, 0, 0].topk(5).indices.tolist()
+    together = names["found"]["induction"].values
+    torch.testing.assert_close(together, first, rtol=0, atol=1e-4 * float(first.abs().max()))
+    sums = names["parts"].values.sum(1)
+    torch.testing.assert_close(sums, together[[3, 17]], rtol=1e-3, atol=1e-6)
+    assert names["curvature"] is not None
+
+
+COMMAND_PAGE = (Path(__file__).parents[1] / "docs" / "score-command.md").read_text("utf-8")
+
+
+def test_the_commands_of_the_score_page_are_understood_and_all_options_explained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = re.findall(r"^mda-lightning (score .*)$", COMMAND_PAGE, re.M)
+    assert len(lines) >= 8
+    for line in lines:
+        options = _parser().parse_args(shlex.split(line))
+        assert options.command == "score"
+        assert options.checkpoints and options.data
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["score", "--help"])
+    named = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert len(named) > 20
+    assert {name for name in named if name not in COMMAND_PAGE} == set()
+
+
+def test_the_python_of_the_score_page_runs(tmp_path: Path, monkeypatch) -> None:
+    """Scores of a small random model, and every way to read them that is shown."""
+    rows = np.random.default_rng(0).integers(1, 60, (40, 13))
+    vocabulary = {f"w{i}": i for i in range(60)}
+    corpus = tmp_path / "corpora" / "mine"
+    domains = ["text", "code"] * 20
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0")).to_str()
+    TokenRows.write(
+        corpus,
+        rows,
+        domains=domains,
+        vocab_size=60,
+        special_ids=(0,),
+        tokenizer_json=tokenizer,
+        provenance={},
+    )
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-1000.ckpt"
+    random_neox(vocab_size=60, n_layers=3, n_heads=4).save_pretrained(checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "runs" / "mine" / "window" / "mid-step1000")
+    command = next(line for line in COMMAND_PAGE.splitlines() if "--mechanism induction," in line)
+    more = " --output runs/mine/scores-window --per-token 3,17 --curvature-samples 32 --quiet"
+    assert main(shlex.split(command.removeprefix("mda-lightning ") + more)) == EXIT_OK
+    blocks = re.findall(r"```python\n(.*?)```", COMMAND_PAGE, re.S)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
+    for block in blocks:
+        with warnings.catch_warnings():  # 40 samples are few for a curvature
+            warnings.filterwarnings("ignore", "the curvature is estimated on")
+            exec(block, names)
+    assert len(names["tables"]["induction"]) == 40
+    total = names["one"].sum()
+    assert total == pytest.approx(names["table"].sample(3, "L2H2")["score"].item(), rel=1e-3)
