@@ -1,7 +1,7 @@
 """In-run and replay scores of the same samples, over a real window: the quickstart's, seed 0.
 
-One base run is scored in four ways at once: in the run and afterwards at three checkpoints, by
-``attention`` and by ``copy_logprob``. Takes as long as the quickstart's base run and more.
+One base run is scored as it trains, by ``attention`` and by ``copy_logprob``; then its window is
+replayed at each of its three checkpoints. Takes as long as the quickstart's base run and more.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 from scipy.stats import spearmanr
 
+from mda_lightning.architectures import describe
 from mda_lightning.callbacks import CriticalWindow, InfluenceScoring
+from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.corpora import TokenRows, embedded_corpus
-from mda_lightning.files import read_json
-from mda_lightning.mechanisms import mechanism
+from mda_lightning.inverse_probes import CurvatureSettings
+from mda_lightning.mechanisms import Mechanism, mechanism
 from mda_lightning.recipes.counterfactual_runs import build_data, build_module, build_monitor
 from mda_lightning.recipes.quickstart import QUICKSTART
 from mda_lightning.store import ScoreTable
 
 Rows = Iterator[tuple[str, tuple[float, float, float]]]
 _TOP = 0.10
+_NEAR = 25  # steps either side of a checkpoint
 
 
 def agreement(rounds: int) -> Rows:
@@ -39,8 +43,13 @@ def agreement(rounds: int) -> Rows:
 
 
 def _agreement(rows: TokenRows, folder: Path) -> Rows:
-    probes = ("attention", "copy_logprob")
-    ways = ("in_run", "replay")
+    ids = rows.token_ids.tolist()
+    probes = {
+        name: mechanism("induction", probe_function=name, token_ids=ids)
+        for name in ("attention", "copy_logprob")
+    }
+    quiet = QUICKSTART.monitor.quiet_every_n_steps
+    window = CriticalWindow("induction", folder=str(folder), stop_when_closed=True)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -52,41 +61,74 @@ def _agreement(rows: TokenRows, folder: Path) -> Rows:
         enable_model_summary=False,
         use_distributed_sampler=False,
         callbacks=[
-            build_monitor(
-                QUICKSTART,
-                rows,
-                folder,
-                quiet_every_n_steps=QUICKSTART.monitor.quiet_every_n_steps,
-            ),
-            CriticalWindow("induction", folder=str(folder), stop_when_closed=True),
-            *(
-                InfluenceScoring(
-                    mechanism("induction", probe_function=probe, token_ids=rows.token_ids.tolist()),
-                    estimator=way,
-                    folder=str(folder / f"{way}-{probe}"),
-                )
-                for way in ways
-                for probe in probes
-            ),
+            build_monitor(QUICKSTART, rows, folder, quiet_every_n_steps=quiet),
+            window,
+            *(InfluenceScoring(one, folder=str(folder / name)) for name, one in probes.items()),
         ],
     )
-    trainer.fit(build_module(QUICKSTART, rows, 0), datamodule=build_data(QUICKSTART, rows, 0))
-    target: str = read_json(folder / "window.json")["target"]
-    for probe in probes:
-        tables = [ScoreTable.open(folder / f"{way}-{probe}" / "scores") for way in ways]
-        found = {unit: _compare(*tables, unit) for unit in tables[0].units}
-        for i, what in enumerate(("Spearman's rank correlation", "shared of the top tenth")):
-            values = sorted(both[i] for both in found.values())
-            own = found[target][i]
-            yield f"{probe}, {what}, target {target}", (own, own, own)
-            yield f"{probe}, {what}, all heads", (float(np.median(values)), values[0], values[-1])
+    module, data = build_module(QUICKSTART, rows, 0), build_data(QUICKSTART, rows, 0)
+    trainer.fit(module, datamodule=data)
+    assert window.window is not None and window.window[1].end is not None
+    target, found = str(window.window[0]), window.window[1]
+    samples = WindowData.read(rows, data.schedule, start=found.start, end=window.window[1].end)
+    for name, one in probes.items():
+        in_run = ScoreTable.open(folder / name / "scores")
+        replays = {
+            edge: _replayed(module, one, {edge: kept}, samples, folder / "work")
+            for edge, kept in window.checkpoints.items()
+        }
+        mean = sum(replays.values()) / len(replays)
+        steps = {edge: step for edge, (step, _) in window.checkpoints.items()}
+        per_unit: dict[str, dict[str, tuple[float, float]]] = {}
+        for unit in in_run.units:
+            frame = in_run.frame(unit).set_index(["step", "sample_id"])["score"].dropna()
+            own = per_unit.setdefault(unit, {})
+            own["in-run and mean of three replays"] = _compare(frame, mean[unit])
+            own["replay at start and at end"] = _compare(
+                replays["start"][unit], replays["end"][unit]
+            )
+            at = frame.index.get_level_values("step")
+            near = frame[(at >= steps["mid"] - _NEAR) & (at < steps["mid"] + _NEAR)]
+            own[f"in-run within {_NEAR} steps of mid and replay at mid"] = _compare(
+                near, replays["mid"][unit]
+            )
+        for pair in per_unit[target]:
+            for i, what in enumerate(("rank correlation", "shared of the top tenth")):
+                values = sorted(both[pair][i] for both in per_unit.values())
+                value = per_unit[target][pair][i]
+                yield f"{name}, {pair}: {what}, target {target}", (value, value, value)
+                spread = (float(np.median(values)), values[0], values[-1])
+                yield f"{name}, {pair}: {what}, all heads", spread
 
 
-def _compare(in_run: ScoreTable, replay: ScoreTable, unit: str) -> tuple[float, float]:
-    own = in_run.frame(unit).set_index(["step", "sample_id"])["score"]
-    other = replay.frame(unit).set_index(["step", "sample_id"])["score"]
-    both = own.to_frame("in_run").join(other.to_frame("replay"), how="inner").dropna()
-    count = round(_TOP * len(both))
-    tops = [set(both[way].nlargest(count).index) for way in ("in_run", "replay")]
-    correlation = float(spearmanr(both["in_run"], both["replay"])[0])
+def _replayed(
+    module: pl.LightningModule,
+    one: Mechanism,
+    checkpoints: dict[str, tuple[int, Path]],
+    samples: WindowData,
+    work: Path,
+) -> pd.DataFrame:
+    """Scores by (step, sample), a column a unit."""
+    units = describe(module.model).heads
+    found, _ = replay_window(
+        module.model,
+        module,
+        checkpoints,
+        samples,
+        mechanism=one,
+        units=units,
+        n_curvature=128,
+        batch_size=None,
+        settings=CurvatureSettings(),
+        work=work,
+    )
+    index = pd.MultiIndex.from_arrays([found.step, found.sample_id], names=["step", "sample_id"])
+    return pd.DataFrame(found.values.sum(2), index=index, columns=[str(unit) for unit in units])
+
+
+def _compare(first: pd.Series, second: pd.Series) -> tuple[float, float]:
+    both = first.rename("first").to_frame().join(second.rename("second"), how="inner")
+    count = max(1, round(_TOP * len(both)))
+    tops = [set(both[way].nlargest(count).index) for way in ("first", "second")]
+    correlation = float(spearmanr(both["first"], both["second"])[0])
     return correlation, len(tops[0] & tops[1]) / count

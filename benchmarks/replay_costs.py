@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.interleaved import interleaved, ratio
 from benchmarks.models import quickstart_module
@@ -23,23 +24,27 @@ Rows = Iterator[tuple[str, tuple[float, float, float]]]
 def replay(rounds: int) -> Rows:
     """QK, V and O, one head and all, at the quickstart's shape and at Pythia-14M's with 512.
 
-    Both take the sequences in the same batches. Curvature and probe gradient, which are taken once,
-    are not part of it.
+    Training takes the quickstart's batch, or 4 of 512; scoring 4,096 or 2,048 tokens at once.
+    Curvature and probe gradient, which are taken once, are not part of it.
     """
     torch.manual_seed(0)
+    batch, length = QUICKSTART.training.batch_size, QUICKSTART.corpus.sequence_length
     shapes = {
-        "quickstart, 10 x 32 x 128": TrainingSteps(
-            quickstart_module(),
-            10,
-            QUICKSTART.training.batch_size,
-            QUICKSTART.corpus.sequence_length,
+        f"quickstart, {batch} x {length}": (
+            TrainingSteps(quickstart_module(), 20, batch, length),
+            32,
         ),
-        "Pythia-14M, 4 x 512": TrainingSteps(PythiaModule("pythia-14m"), 1, 4, 512),
+        "Pythia-14M, 4 x 512": (TrainingSteps(PythiaModule("pythia-14m"), 1, 4, 512), 4),
     }
-    for shape, steps in shapes.items():
+    for shape, (steps, at_once) in shapes.items():
+        tokens = torch.cat(list(steps.batches))
 
-        def score(vectors: BlockVector, steps: TrainingSteps = steps) -> Tensor:
-            return replay_scores(steps.model, vectors, steps.batches).values
+        def score(
+            vectors: BlockVector,
+            model: PreTrainedModel = steps.model,
+            batches: Sequence[Tensor] = tokens.split(at_once),
+        ) -> Tensor:
+            return replay_scores(model, vectors, batches).values
 
         middle = steps.heads[len(steps.heads) // 2]
         timings = interleaved(
