@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +33,15 @@ class ChunkFolder:
         folder: made when absent.
         first: the first sample's number.
         most_held: samples in memory beyond which they are written.
+        seconds: after which they are written too: what a killed process loses.
     """
 
-    def __init__(self, folder: Path, *, first: int, most_held: int) -> None:
+    def __init__(self, folder: Path, *, first: int, most_held: int, seconds: float = 30.0) -> None:
         self._folder = folder
         self._first = first
         self._most_held = most_held
+        self._seconds = seconds
+        self._written = time.monotonic()
         self._held: list[tuple[dict[str, NDArray[np.float32]], NDArray[np.float32]]] = []
         self._spans: list[tuple[int, int]] = []
         at = first
@@ -51,7 +55,8 @@ class ChunkFolder:
         """Scores of the samples that follow."""
         self._held.append((dict(values), loss))
         self.next += len(loss)
-        if sum(len(own) for _, own in self._held) >= self._most_held:
+        n_held = sum(len(own) for _, own in self._held)
+        if n_held >= self._most_held or time.monotonic() - self._written >= self._seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -69,7 +74,7 @@ class ChunkFolder:
         with atomic_path(path) as part, part.open("wb") as file:
             np.savez(file, loss=loss, **arrays)  # type: ignore[arg-type]
         self._spans.append(span)
-        self._held = []
+        self._held, self._written = [], time.monotonic()
 
     def read(self, first: int, last: int) -> Chunk:
         """The scores of samples [first, last), which must be on disk."""
