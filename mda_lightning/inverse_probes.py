@@ -106,7 +106,7 @@ def inverse_probes(
             if unit in zero[name] or unit in broken[name]:
                 vector.fill_(torch.nan)
     if settings.kind == "identity":
-        return InverseProbes(probes, {"curvature": "identity"}, zero, broken)
+        return InverseProbes(probes, {"curvature": "identity", "n_sequences": 0}, zero, broken)
     blocks = list(dict.fromkeys(b for own in mechanisms.values() for b in own.block_names))
     measured = [
         {key: vector for key, vector in probe.items() if not bool(vector.isnan().any())}
@@ -134,7 +134,7 @@ def inverse_probes(
         assert weights is not None
         key = _key(model, mechanisms, units, blocks, batches, settings, weights)
         kept_in.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(kept_in / f".{key.name}.lock")):  # several processes need the same ones
+        with FileLock(str(kept_in / ".lock")):  # several processes need the same ones
             found = load_factors(
                 kept_in,
                 key,

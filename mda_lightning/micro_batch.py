@@ -54,7 +54,12 @@ def sequence_bytes(model: PreTrainedModel, names: Sequence[str], length: int) ->
 
 
 def micro_batch(
-    model: PreTrainedModel, names: Sequence[str], *, length: int, memory: int | None = None
+    model: PreTrainedModel,
+    names: Sequence[str],
+    *,
+    length: int,
+    memory: int | None = None,
+    reserved: int = 0,
 ) -> int:
     """Sequences at once for :func:`sequence_backward` within ``memory`` bytes, at least 1.
 
@@ -66,20 +71,22 @@ def micro_batch(
         names: the layers that are read.
         length: T.
         memory: beyond the model's own weights; None takes half of what is free.
+        reserved: bytes of it that are for something else.
 
     Raises:
         MemoryBudgetError: one sequence does not fit.
     """
     budget = free_memory(model.device) // 2 if memory is None else memory
     one = sequence_bytes(model, names, length)
-    if budget < _FIXED + one:
+    fixed = _FIXED + reserved
+    if budget < fixed + one:
         raise MemoryBudgetError(
             f"a memory budget of {in_words(budget)} is too small: one sequence of {length} tokens "
-            f"needs about {in_words(_FIXED + one)} beside the model; give more memory, shorter "
+            f"needs about {in_words(fixed + one)} beside the model; give more memory, shorter "
             "sequences or fewer heads in low layers"
         )
     enough = _ENOUGH.get(model.device.type, _ENOUGH["cpu"]) // length
-    return max(1, min((budget - _FIXED) // one, enough))
+    return max(1, min((budget - fixed) // one, enough))
 
 
 def parse_bytes(text: str) -> int:

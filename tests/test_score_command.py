@@ -21,7 +21,7 @@ from mda_lightning.curvature import SubspaceEKFAC
 from mda_lightning.gradients import probe_gradients
 from mda_lightning.influence import ReplayScorer, fit_and_score, token_scores
 from mda_lightning.mechanisms import mechanism
-from mda_lightning.store import ScoreTable
+from mda_lightning.store import ScoreRows, ScoreTable, ScoreWriter
 from mda_lightning.units import Head
 
 N, LENGTH, VOCAB = 23, 12, 60
@@ -266,7 +266,7 @@ def test_documents_are_samples_of_their_own_length(place, tmp_path) -> None:
     ]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     source = open_tokens(tmp_path / "texts.jsonl", tokenizer=tokenizer, row_length=13)
-    assert len(source) == 5 and source.get([1]).tolist()[0].count(-1) == 10
+    assert len(source) == 6 and source.get([1]).tolist()[0].count(-1) == 10
     arguments = ("--tokenizer", str(tmp_path / "tokenizer.json"), "--length", "12")
     places = (place / "models/step100", tmp_path / "texts.jsonl", tmp_path / "out")
     assert _main(*places, *arguments, "--curvature", "identity") == EXIT_OK
@@ -274,10 +274,13 @@ def test_documents_are_samples_of_their_own_length(place, tmp_path) -> None:
     model = random_neox(seed=100, vocab_size=VOCAB)
     own = mechanism("induction", token_ids=range(VOCAB))
     probe = probe_gradients(model, own, [Head(1, 1)])
-    for sample, text in enumerate(t for t in texts if " " in t):
+    for sample, text in enumerate(texts):
         tokens = torch.tensor([[words[w] for w in text.split()][:13]])
-        expected = token_scores(model, probe, tokens).values.sum()
         ids, scores = table.scores("L1H1")
+        if len(text.split()) < 2:
+            assert np.isnan(scores[list(ids).index(sample)])
+            continue
+        expected = token_scores(model, probe, tokens).values.sum()
         assert float(scores[list(ids).index(sample)]) == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -286,22 +289,72 @@ def test_documents_are_samples_of_their_own_length(place, tmp_path) -> None:
     [
         (("--memory", "1KiB"), "a memory budget of 0 MiB is too small: one sequence of 12 tokens"),
         (("--memory", "lots"), "'lots' is no amount of memory"),
-        (("--units", "L7H0"), "layer 7 is out of range: this model has layers 0..1"),
+        (("--units", "L7H0"), "unit L7H0: layer 7 is out of range: this model has layers 0..1"),
         (("--samples", "5:99"), r"samples [5, 99) do not exist: the data has 23"),
-        (("--share", "3/3"), "share 3 of 3: shares are 0..2"),
-        (("--share", "half"), "share 'half': write I/N"),
         (("--mechanism", "telepathy"), "'telepathy' is not a mechanism; there are: induction"),
-        (("--mechanism", "previous_token", "--probe", "attention"), "--probe is of the induction"),
-        (("--steps", "0:2"), "--steps needs --samples-per-step"),
         (("--length", "12"), "--length is for texts"),
         (("--per-token", "99"), "sample 99 does not exist"),
         (("--damping", "-1"), "damping -1.0 must be a finite number >= 0"),
+        (("--damping", "nan", "--curvature", "identity"), "damping nan must be a finite number"),
+        (("--steps", "2:99", "--samples-per-step", "4"), "samples [8, 396) (steps [2, 99)) do not"),
     ],
 )
 def test_bad_arguments_say_what_to_do(place, tmp_path, capsys, arguments, message) -> None:
     assert _score(place, tmp_path / "out", *arguments) == EXIT_ERROR
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "induction").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--share", "3/3"), "'3/3': write I/N with I from 0 to N-1"),
+        (("--share", "half"), "'half': write I/N"),
+        (("--mechanism", "previous_token", "--probe", "attention"), "--probe is of the induction"),
+        (("--steps", "0:2"), "--steps needs --samples-per-step"),
+        (("--steps", "0:2", "--samples", "0:4"), "give --samples or --steps, not both"),
+        (("--samples", "4:4"), "'4:4': write A:B with 0 <= A < B"),
+        (("--per-token", "one"), "'one': write sample ids such as 3,17"),
+    ],
+)
+def test_wrong_usage_is_told_at_once(place, tmp_path, capsys, arguments, message) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _score(place, tmp_path / "out", *arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_is_in_the_way_is_told_before_anything_is_scored(
+    place, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(ReplayScorer, "score", lambda *_: pytest.fail("scored"))
+    (tmp_path / "file").touch()
+    assert _score(place, tmp_path / "file") == EXIT_ERROR
+    assert "is a file; --output names a folder" in capsys.readouterr().err
+    (tmp_path / "foreign" / "induction").mkdir(parents=True)
+    (tmp_path / "foreign" / "induction" / "notes.txt").touch()
+    assert _score(place, tmp_path / "foreign") == EXIT_ERROR
+    assert "is not empty and no score table" in capsys.readouterr().err
+    running = ScoreWriter(
+        tmp_path / "run" / "induction", units=["L0H0"], blocks=["QK"], estimator="in_run"
+    )
+    one = np.zeros(1, np.int64)
+    running.add(ScoreRows(one, one, np.zeros((1, 1, 1)), np.zeros(1), one))
+    running.flush()
+    assert _score(place, tmp_path / "run") == EXIT_ERROR
+    assert "give another" in capsys.readouterr().err
+
+
+def test_the_same_checkpoint_twice_is_scored_once(place, rows, tmp_path, capsys) -> None:
+    """A folder with a copy of its last checkpoint, as some trainers leave it."""
+    models = tmp_path / "models"
+    for name in ("step100", "checkpoint-100"):
+        random_neox(seed=100, vocab_size=VOCAB).save_pretrained(models / name)
+    assert _main(models, place / "corpus", tmp_path / "out", "--units", "L0H0") == EXIT_OK
+    assert "again; it is scored once" in capsys.readouterr().err
+    assert len(ScoreTable.open(tmp_path / "out").provenance["checkpoints"]) == 1
+    random_neox(seed=100, vocab_size=VOCAB).save_pretrained(models / "step200")
+    assert _main(models, place / "corpus", tmp_path / "other", "--units", "L0H0") == EXIT_ERROR
+    assert "one of them is not what it says" in capsys.readouterr().err
 
 
 def test_data_that_does_not_fit_is_refused(place, tmp_path, capsys) -> None:

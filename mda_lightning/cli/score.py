@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from mda_lightning.cli.options import EXIT_OK, positive
 
@@ -63,9 +62,10 @@ def add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     what = parser.add_argument_group("what is scored")
     what.add_argument(
         "--mechanism",
-        default="induction",
+        type=_names,
+        default=["induction"],
         metavar="A,B,...",
-        help="by name; several share each sample's backward (default: %(default)s)",
+        help="by name; several share each sample's backward (default: induction)",
     )
     what.add_argument(
         "--probe",
@@ -89,6 +89,8 @@ def add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     what.add_argument(
         "--per-token",
+        type=_ids,
+        default=[],
         metavar="ID,...",
         help="also write each position's part of these samples' scores",
     )
@@ -139,7 +141,11 @@ def add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--batch-size", type=positive, metavar="N", help="sequences at once, instead of finding it"
     )
     cost.add_argument(
-        "--share", metavar="I/N", default="0/1", help="score share I of N, counted from 0"
+        "--share",
+        type=_share,
+        metavar="I/N",
+        default=(0, 1),
+        help="score share I of N, counted from 0",
     )
     cost.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
@@ -163,7 +169,7 @@ def add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="read any pickled object; it can run code, so only for files that you trust",
     )
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    parser.set_defaults(run=_score)
+    parser.set_defaults(run=_score, usage=parser.error)
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -177,11 +183,32 @@ def _span(text: str) -> tuple[int, int]:
     return found
 
 
+def _share(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 0 to N-1, such as 0/4")
+    return int(index), int(count)
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write sample ids such as 3,17") from error
+
+
 def _count(text: str) -> int | str:
     return "auto" if text == "auto" else positive(text)
 
 
 def _score(options: argparse.Namespace) -> int:
+    first, last = _samples(options)
+    if options.probe and "induction" not in options.mechanism:
+        options.usage("--probe is of the induction mechanism, which is not scored")
     from rich.console import Console
 
     from mda_lightning.mechanisms import mechanism
@@ -189,18 +216,10 @@ def _score(options: argparse.Namespace) -> int:
     from mda_lightning.recipes.checkpoint_display import CheckpointDisplay
     from mda_lightning.recipes.score import score_checkpoints
     from mda_lightning.recipes.score_display import top_samples
-    from mda_lightning.recipes.score_settings import ScoreSettings, parse_share
+    from mda_lightning.recipes.score_settings import ScoreSettings, Share
     from mda_lightning.recipes.score_source import open_source
 
-    if options.probe and "induction" not in options.mechanism.split(","):
-        raise ValueError("--probe is of the induction mechanism, which is not scored")
-    mechanisms = []
-    for name in dict.fromkeys(options.mechanism.split(",")):
-        own: dict[str, Any] = {}
-        if name == "induction" and options.probe:
-            own = {"probe_function": options.probe}
-        mechanisms.append(mechanism(name, **own))
-    first, last = _samples(options)
+    probe = {"probe_function": options.probe} if options.probe else {}
     settings = ScoreSettings(
         curvature=options.curvature,
         n_curvature=options.curvature_samples,
@@ -210,7 +229,6 @@ def _score(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     memory = None if options.memory is None else parse_bytes(options.memory)
-    share = parse_share(options.share)
     console = Console()
     if options.quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -223,12 +241,11 @@ def _score(options: argparse.Namespace) -> int:
         length=options.length,
         config=options.config,
     )
-    per_token = [] if options.per_token is None else _ids(options.per_token)
     with CheckpointDisplay(console, quiet=options.quiet) as display:
         tables = score_checkpoints(
             options.checkpoints,
             source,
-            mechanisms,
+            [mechanism(n, **(probe if n == "induction" else {})) for n in options.mechanism],
             units=options.units,
             output=options.output,
             settings=settings,
@@ -237,8 +254,8 @@ def _score(options: argparse.Namespace) -> int:
             samples_per_step=options.samples_per_step,
             batch_size=options.batch_size,
             memory=memory,
-            share=share,
-            per_token=per_token,
+            share=Share(*options.share),
+            per_token=options.per_token,
             config=options.config,
             prefix=options.prefix,
             tokenizer=options.tokenizer,
@@ -250,7 +267,10 @@ def _score(options: argparse.Namespace) -> int:
         )
     if not options.quiet:
         for name, table in tables.items():
-            console.print(top_samples(name, table, source, count=_TOP))
+            console.print(
+                top_samples(name, table, source, count=_TOP, width=console.width),
+                soft_wrap=True,
+            )
             console.print(f"{options.output / name}: {table}", highlight=False, soft_wrap=True)
     return EXIT_OK
 
@@ -260,15 +280,8 @@ def _samples(options: argparse.Namespace) -> tuple[int, int | None]:
         found: tuple[int, int | None] = options.samples or (0, None)
         return found
     if options.samples is not None:
-        raise ValueError("give --samples or --steps, not both")
+        options.usage("give --samples or --steps, not both")
     if options.samples_per_step is None:
-        raise ValueError("--steps needs --samples-per-step")
+        options.usage("--steps needs --samples-per-step")
     first, last = options.steps
     return first * options.samples_per_step, last * options.samples_per_step
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--per-token {text!r}: write sample ids, for example 3,17") from error

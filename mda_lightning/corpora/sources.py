@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +46,10 @@ class TokenSource(Protocol):
         """SHA-256 over samples [first, last)."""
         ...
 
+    def text(self, sample: int) -> str:
+        """A sample's text, or "" where there is none."""
+        ...
+
 
 class RowsSource:
     """A corpus folder."""
@@ -69,6 +72,12 @@ class RowsSource:
         text = f"{self.rows.content_hash} {first} {last}"
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def text(self, sample: int) -> str:
+        try:
+            return self.rows.decode(self.rows.get([sample])[0])
+        except ValueError:  # a corpus without a tokenizer
+            return ""
+
 
 class ArraySource:
     """Rows of an integer array [N, T + 1], such as a memory-mapped file."""
@@ -87,7 +96,17 @@ class ArraySource:
         return len(self._array)
 
     def get(self, ids: ArrayLike) -> NDArray[np.int64]:
-        return self._array[_checked(ids, len(self))].astype(np.int64)
+        wanted = _checked(ids, len(self))
+        found = self._array[wanted].astype(np.int64)
+        if found.size and found.min() < 0:
+            at = int(np.flatnonzero((found < 0).any(1))[0])
+            raise ValueError(
+                f"sample {wanted[at]} holds token id {found[at].min()}; ids count from 0"
+            )
+        return found
+
+    def text(self, sample: int) -> str:
+        return ""
 
     def domains(self, ids: ArrayLike) -> Sequence[str] | None:
         return None
@@ -101,32 +120,32 @@ class ArraySource:
 
 
 class DocumentSource:
-    """One sample a document, cut at ``row_length`` tokens; documents of one token are left out.
+    """One sample a document, cut at ``row_length`` tokens, numbered as the documents are.
 
     Args:
         documents: (domain, text) in order.
         tokenizer: encodes them, without special tokens.
         row_length: T + 1.
+
+    Attributes:
+        n_too_short: documents of fewer than 2 tokens, in which nothing is predicted.
     """
+
+    token_ids: NDArray[np.int64] | None = None
 
     def __init__(
         self, documents: Sequence[tuple[str, str]], tokenizer: Tokenizer, row_length: int
     ) -> None:
         self.row_length = row_length
+        self._documents = list(documents)
         encoded = tokenizer.encode_batch([t for _, t in documents], add_special_tokens=False)
-        kept = [(d, e.ids[:row_length]) for (d, _), e in zip(documents, encoded, strict=True)]
-        kept = [(domain, ids) for domain, ids in kept if len(ids) > 1]
-        self.n_too_short = len(documents) - len(kept)
-        if not kept:
-            raise ValueError("no document has 2 tokens or more, so there is nothing to score")
-        self._domains = [domain for domain, _ in kept]
-        self._rows = np.full((len(kept), row_length), -1, dtype=np.int64)
-        for row, (_, ids) in zip(self._rows, kept, strict=True):
+        self._rows = np.full((len(documents), row_length), -1, dtype=np.int64)
+        for row, one in zip(self._rows, encoded, strict=True):
+            ids = one.ids[:row_length]
             row[: len(ids)] = ids
-
-    @cached_property
-    def token_ids(self) -> NDArray[np.int64] | None:
-        return None
+        self.n_too_short = int((self._rows[:, 1] < 0).sum())
+        if self.n_too_short == len(documents):
+            raise ValueError("no document has 2 tokens or more, so there is nothing to score")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,12 +154,16 @@ class DocumentSource:
         return self._rows[_checked(ids, len(self))]
 
     def domains(self, ids: ArrayLike) -> Sequence[str] | None:
-        return [self._domains[i] for i in _checked(ids, len(self))]
+        return [self._documents[i][0] for i in _checked(ids, len(self))]
 
     def digest(self, first: int, last: int) -> str:
         digest = hashlib.sha256(f"{self.row_length} {first}".encode())
         digest.update(self._rows[first:last].data)
+        digest.update("\0".join(domain for domain, _ in self._documents[first:last]).encode())
         return digest.hexdigest()
+
+    def text(self, sample: int) -> str:
+        return self._documents[sample][1]
 
 
 def holds_text(path: str | os.PathLike[str]) -> bool:

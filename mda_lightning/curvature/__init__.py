@@ -8,7 +8,7 @@ from mda_lightning.curvature.factor_file import (
     save_factors,
     tokens_hash,
 )
-from mda_lightning.curvature.factors import BlockFactors, CurvatureError
+from mda_lightning.curvature.factors import BlockFactors, CurvatureError, check_damping
 from mda_lightning.curvature.fisher import Fisher, sampled_uniform
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "FactorKey",
     "Fisher",
     "SubspaceEKFAC",
+    "check_damping",
     "fit_converged",
     "load_factors",
     "sampled_uniform",

@@ -116,11 +116,15 @@ def fit_converged(
         if ended:
             break
         former, size = solved, 2 * estimate.n_sequences
-    least_text = f"{tried[-1][1]:.3f}" if tried else "not known"
+    so_far = (
+        f"the least correlation of scores with those of half as many is {tried[-1][1]:.3f}, the "
+        f"tolerance {tolerance}"
+        if tried
+        else "so few that it cannot be told whether that is enough"
+    )
     warnings.warn(
         f"the curvature is estimated on all {found.n_sequences} sequences given and has not "
-        f"converged: the least correlation of scores with those of half as many is {least_text}, "
-        f"the tolerance {tolerance}; give more sequences",
+        f"converged: {so_far}; give more sequences, or a number of them to have it without this",
         stacklevel=2,
     )
     return replace(found, convergence=tuple(tried))

@@ -35,6 +35,9 @@ from mda_lightning.curvature.fisher import Fisher
 from mda_lightning.gradients import BlockVector
 from mda_lightning.units import Head
 
+#: Damping, as a share of mean(Λ), below which it is as good as none.
+_LITTLE = 1e-6
+
 
 @dataclass(frozen=True)
 class SubspaceEKFAC:
@@ -159,6 +162,7 @@ class SubspaceEKFAC:
         with a warning.
         """
         self._warn_of_zero(vectors)
+        self._warn_of_little_damping()
         return self._map(vectors, torch.reciprocal)
 
     def apply(self, vectors: BlockVector) -> BlockVector:
@@ -179,6 +183,18 @@ class SubspaceEKFAC:
             rotated = own.rotate(vector) * spectrum(damped if damped.any() else damped * torch.nan)
             found[key] = own.rotate_back(rotated).to(vector)
         return found
+
+    def _warn_of_little_damping(self) -> None:
+        if any(
+            self.damping_of(own) < _LITTLE * float(own.eigenvalues.mean())
+            for own in self.factors.values()
+        ):
+            warnings.warn(
+                f"a damping of {self.damping:g} ({self.damping_rule}) is next to none: directions "
+                "that the curvature's sequences hardly show decide the scores; 0.1 (relative) is "
+                "usual",
+                stacklevel=3,
+            )
 
     def _warn_of_zero(self, keys: Iterable[tuple[Head, BlockName]]) -> None:
         zero = [

@@ -99,7 +99,14 @@ def save_factors(folder: str | os.PathLike[str], key: FactorKey, factors: Subspa
     path = Path(folder) / key.name
     with atomic_path(path) as part_path:
         save_file(tensors, part_path, {"mda_lightning": json.dumps(metadata)})
+        os.chmod(part_path, 0o666 & ~_umask())  # safetensors keeps them to the user alone
     return path
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def load_factors(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mda_lightning.architectures import ModelLayout
-from mda_lightning.curvature import Fisher
+from mda_lightning.curvature import Fisher, check_damping
 from mda_lightning.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head, parse_unit
@@ -47,6 +47,8 @@ class ScoreSettings:
             raise ValueError(f"n_curvature is {self.n_curvature}; it is at least 1, or 'auto'")
         if self.most_curvature < 1:
             raise ValueError(f"most_curvature is {self.most_curvature}; it is at least 1")
+
+        check_damping(self.damping)
 
     @property
     def curvature_settings(self) -> CurvatureSettings:
@@ -89,18 +91,6 @@ class Share:
         return first + n * self.index // self.count, first + n * (self.index + 1) // self.count
 
 
-def parse_share(text: str) -> Share:
-    """A share from "I/N", I counted from 0.
-
-    Raises:
-        ValueError: it is no such text, or I is not below N.
-    """
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal()):
-        raise ValueError(f"share {text!r}: write I/N, for example 0/4 to 3/4")
-    return Share(int(index), int(count))
-
-
 def parse_units(text: str | Sequence[str], layout: ModelLayout) -> list[Head]:
     """Heads from "all", "L1H2,L3H0" or a sequence of names.
 
@@ -110,7 +100,13 @@ def parse_units(text: str | Sequence[str], layout: ModelLayout) -> list[Head]:
     if text == "all":
         return layout.heads
     names = text.split(",") if isinstance(text, str) else text
-    return [layout.check(parse_unit(name)) for name in dict.fromkeys(names)]
+    found = []
+    for name in dict.fromkeys(name.strip() for name in names):
+        try:
+            found.append(layout.check(parse_unit(name)))
+        except ValueError as error:
+            raise ValueError(f"unit {name}: {error}") from error
+    return found
 
 
 def job_hash(

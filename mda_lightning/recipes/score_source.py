@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mda_lightning.checkpoints import find_checkpoints
 from mda_lightning.corpora.sources import TokenSource, holds_text, open_tokens
+from mda_lightning.influence import ReplayScorer
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.recipes.checkpoint_choice import pythia_config
 from mda_lightning.vocabulary import token_ids_of
@@ -81,6 +85,28 @@ def fit_to_model(
     for mechanism in found:
         mechanism.check(model)
     return found
+
+
+def score_of_real(
+    scorer: ReplayScorer, tokens: Tensor
+) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32]]:
+    """Scores [B, U, K] by mechanism and mean loss [B]; NaN for a sample of fewer than 2 tokens.
+
+    Args:
+        tokens: int64 [B, T+1], filled up with -1.
+    """
+    there = tokens[:, 1] >= 0
+    loss = np.full(len(tokens), np.nan, np.float32)
+    values = {
+        name: np.full((len(tokens), len(own.units), len(own.blocks)), np.nan, np.float32)
+        for name, own in scorer.targets.items()
+    }
+    if bool(there.any()):
+        found, of_real = scorer.score(tokens[there])
+        loss[there.numpy()] = of_real.numpy()
+        for name, own in found.items():
+            values[name][there.numpy()] = own.numpy()
+    return values, loss
 
 
 def _read(place: str) -> Tokenizer:

@@ -45,6 +45,36 @@ def kept_weights(folder: Path, mechanisms: Sequence[Mechanism], job: str) -> lis
     return kept if n_complete == len(mechanisms) else None
 
 
+def writer_of(
+    folder: Path,
+    mechanism: Mechanism,
+    units: Sequence[Head],
+    source: TokenSource,
+    share: Share,
+) -> ScoreWriter:
+    """A writer of one share's part of a mechanism's table.
+
+    Raises:
+        ValueError: something else is in the table's place.
+    """
+    return ScoreWriter(
+        folder / mechanism.name,
+        units=[str(unit) for unit in units],
+        blocks=list(mechanism.block_names),
+        estimator="replay",
+        rank=share.index,
+        world_size=share.count,
+        domains=source.domains([0]) is not None,
+    )
+
+
+def remove_if_empty(work: Path) -> None:
+    """Take away a call's working folder, and the folder of all of them, unless they are in use."""
+    for place in (work, work.parent):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
 def write_tables(
     folder: Path,
     work: Path,
@@ -76,19 +106,7 @@ def write_tables(
         The tables by mechanism, or none where other shares have not ended.
     """
     has_domains = source.domains([0]) is not None
-
-    def writer(mechanism: Mechanism, rank: int) -> ScoreWriter:
-        return ScoreWriter(
-            folder / mechanism.name,
-            units=[str(unit) for unit in units],
-            blocks=list(mechanism.block_names),
-            estimator="replay",
-            rank=rank,
-            world_size=share.count,
-            domains=has_domains,
-        )
-
-    writers = {m.name: writer(m, share.index) for m in mechanisms}
+    writers = {m.name: writer_of(folder, m, units, source, share) for m in mechanisms}
     for own in writers.values():
         own.discard_from(-1)
     broken: list[int] = []
@@ -97,7 +115,8 @@ def write_tables(
         mean = mean_chunk([one.read(start, stop) for one in chunks])
         ids = np.arange(start, stop, dtype=np.int64)
         names = source.domains(ids) if has_domains else None
-        broken += ids[np.isnan(mean.loss)].tolist()
+        there = source.get(ids)[:, 1] >= 0  # a document of one token has no score either
+        broken += ids[np.isnan(mean.loss) & there].tolist()
         for name, own in writers.items():
             own.add(
                 ScoreRows(
@@ -129,7 +148,7 @@ def write_tables(
             )
             return {}
         tables = {
-            m.name: writer(m, 0).finish(
+            m.name: writer_of(folder, m, units, source, Share(0, share.count)).finish(
                 {
                     "mechanism": m.name,
                     "mechanism_settings": m.settings(),
@@ -140,4 +159,5 @@ def write_tables(
             for m in mechanisms
         }
     shutil.rmtree(work)
+    remove_if_empty(work)
     return tables

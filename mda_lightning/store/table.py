@@ -171,7 +171,11 @@ class ScoreTable:
             mechanism = found[0]
         if mechanism in found:
             return cls(path / mechanism, read_table_file(path / mechanism))
-        has = f"there are those of {', '.join(found)}" if found else "InfluenceScoring writes one"
+        has = (
+            f"there are those of {', '.join(found)}"
+            if found
+            else "InfluenceScoring and `mda-lightning score` write one"
+        )
         if mechanism is not None or not found:
             of = f" of {mechanism!r}" if mechanism is not None else ""
             raise FileNotFoundError(f"no score table{of} at {path}; {has}")
