@@ -1,7 +1,8 @@
 """In-run and replay scores of the same samples, over a real window: the quickstart's, seed 0.
 
-One base run is scored as it trains, by ``attention`` and by ``copy_logprob``; then its window is
-replayed at each of its three checkpoints. Takes as long as the quickstart's base run and more.
+One base run is scored as it trains, by ``attention`` and by ``copy_logprob``, with IHVPs refreshed
+every 200 steps (the default) and every 25; then its window is replayed at each of its three
+checkpoints. Takes as long as the quickstart's base run and more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mda_lightning.store import ScoreTable
 Rows = Iterator[tuple[str, tuple[float, float, float]]]
 _TOP = 0.10
 _NEAR = 25  # steps either side of a checkpoint
+_REFRESHES = (200, 25)
 
 
 def agreement(rounds: int) -> Rows:
@@ -48,6 +50,8 @@ def _agreement(rows: TokenRows, folder: Path) -> Rows:
         name: mechanism("induction", probe_function=name, token_ids=ids)
         for name in ("attention", "copy_logprob")
     }
+    module, data = build_module(QUICKSTART, rows, 0), build_data(QUICKSTART, rows, 0)
+    heads = [str(unit) for unit in describe(module.model).heads]
     quiet = QUICKSTART.monitor.quiet_every_n_steps
     window = CriticalWindow("induction", folder=str(folder), stop_when_closed=True)
     trainer = pl.Trainer(
@@ -63,16 +67,25 @@ def _agreement(rows: TokenRows, folder: Path) -> Rows:
         callbacks=[
             build_monitor(QUICKSTART, rows, folder, quiet_every_n_steps=quiet),
             window,
-            *(InfluenceScoring(one, folder=str(folder / name)) for name, one in probes.items()),
+            *(
+                InfluenceScoring(
+                    one,
+                    refresh_every=every,
+                    # The same heads by name: two callbacks must differ in more than their rate.
+                    units="all" if every == _REFRESHES[0] else heads,
+                    folder=str(folder / f"{name}-{every}"),
+                )
+                for name, one in probes.items()
+                for every in _REFRESHES
+            ),
         ],
     )
-    module, data = build_module(QUICKSTART, rows, 0), build_data(QUICKSTART, rows, 0)
     trainer.fit(module, datamodule=data)
     assert window.window is not None and window.window[1].end is not None
     target, found = str(window.window[0]), window.window[1]
     samples = WindowData.read(rows, data.schedule, start=found.start, end=window.window[1].end)
     for name, one in probes.items():
-        in_run = ScoreTable.open(folder / name / "scores")
+        tables = {n: ScoreTable.open(folder / f"{name}-{n}" / "scores") for n in _REFRESHES}
         replays = {
             edge: _replayed(module, one, {edge: kept}, samples, folder / "work")
             for edge, kept in window.checkpoints.items()
@@ -80,18 +93,20 @@ def _agreement(rows: TokenRows, folder: Path) -> Rows:
         mean = sum(replays.values()) / len(replays)
         steps = {edge: step for edge, (step, _) in window.checkpoints.items()}
         per_unit: dict[str, dict[str, tuple[float, float]]] = {}
-        for unit in in_run.units:
-            frame = in_run.frame(unit).set_index(["step", "sample_id"])["score"].dropna()
+        for unit in heads:
             own = per_unit.setdefault(unit, {})
-            own["in-run and mean of three replays"] = _compare(frame, mean[unit])
             own["replay at start and at end"] = _compare(
                 replays["start"][unit], replays["end"][unit]
             )
-            at = frame.index.get_level_values("step")
-            near = frame[(at >= steps["mid"] - _NEAR) & (at < steps["mid"] + _NEAR)]
-            own[f"in-run within {_NEAR} steps of mid and replay at mid"] = _compare(
-                near, replays["mid"][unit]
-            )
+            for every, table in tables.items():
+                frame = table.frame(unit).set_index(["step", "sample_id"])["score"].dropna()
+                way = f"in-run, refreshed every {every}"
+                own[f"{way}, and mean of three replays"] = _compare(frame, mean[unit])
+                at = frame.index.get_level_values("step")
+                near = frame[(at >= steps["mid"] - _NEAR) & (at < steps["mid"] + _NEAR)]
+                own[f"{way}, within {_NEAR} steps of mid, and replay at mid"] = _compare(
+                    near, replays["mid"][unit]
+                )
         for pair in per_unit[target]:
             for i, what in enumerate(("rank correlation", "shared of the top tenth")):
                 values = sorted(both[pair][i] for both in per_unit.values())
