@@ -28,7 +28,7 @@ _AXES = {
     "samples": "sequences of 128",
     "heads": "heads, from the lowest layer up, 32 sequences of 128",
     "length": "length of a sequence, 4 of them",
-    "parameters": "millions of parameters, 16 sequences of 128",
+    "parameters": "million parameters (12 to 96 heads), 16 of 128",
 }
 
 
@@ -102,13 +102,12 @@ def _draw(found: list[tuple[str, float, str, float, float, float]]) -> None:
             marker, colour = styles.get(what, ("s", "#c0562f"))
             place.plot(x, median, marker=marker, color=colour, label=what, markersize=4)
             place.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        if axis == "parameters":
-            place.set_xscale("log")
-        place.set_xlim(left=None if axis == "parameters" else 0)
+        place.set_xlim(left=0)
         place.set_ylim(bottom=0)
         place.set_xlabel(label)
         place.set_ylabel("fit and score, CPU s")
-        place.legend(frameon=False)
+        if len(lines) > 1:
+            place.legend(frameon=False)
         place.spines[["top", "right"]].set_visible(False)
     with atomic_path(_FIGURE) as path:
         figure.savefig(path, dpi=150, format="png")
