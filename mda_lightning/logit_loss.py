@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mda_lightning.training_taps import N_COLUMNS, kept_of
+from mda_lightning.training_taps import kept_of
 
 # How far two columns may differ in a sample's mean loss, in nats: rounding, and what a loss that
 # is not plain cross-entropy (label smoothing, say) makes of them.
@@ -52,9 +52,11 @@ def read_columns(logits: Tensor, labels: Tensor) -> Tensor:
         labels: int64 [B, T].
     """
     kept = kept_of(logits)
-    kept[..., 1:] = logits[..., _columns(logits.shape[-1], logits.device)]
-    kept[..., 0] = 0.0
+    count = kept.shape[-1] - 1
+    apart = logits.shape[-1] // count
+    kept[..., 1:] = logits[..., : count * apart : apart]
     length = labels.shape[1]
+    kept[:, length:, 0] = 0.0
     kept[:, :length, 0] = logits[:, :length].gather(2, labels[..., None])[..., 0].to(kept.dtype)
     return kept
 
@@ -98,8 +100,3 @@ def direct_loss(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
             chunk = logits[row, first : first + len(own)].float()
             total[place] += F.cross_entropy(chunk, own, reduction="sum")
     return total / labels.shape[1]
-
-
-def _columns(vocabulary: int, device: torch.device) -> Tensor:
-    count = min(N_COLUMNS, vocabulary)
-    return torch.arange(count, device=device) * vocabulary // count
