@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import in_run_costs
 from benchmarks.ablation_speed import ablation
+from benchmarks.in_run_against_replay import agreement
 from benchmarks.in_run_trainer import in_run_trainer
 from benchmarks.monitoring_costs import memory, pythia, quickstart
 from benchmarks.replay_costs import replay
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "in-run-quickstart": in_run_costs.quickstart,
     "in-run-trainer": in_run_trainer,
     "in-run-memory": in_run_costs.memory,
+    "in-run-agreement": agreement,
     "window-simulated": simulated,
     "window-cost": cost,
 }

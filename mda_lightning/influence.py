@@ -160,18 +160,21 @@ def fit_and_score(
     seed: int = 0,
     damping: float = 0.1,
     damping_rule: DampingRule = "relative",
+    n_curvature: int | None = None,
     memory: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[SubspaceEKFAC | None, dict[str, Scores]]:
     """Curvature and scores on the same samples (Algorithm 1), in one pass over them.
 
-    Each sample has one forward; its gradients are kept until the curvature is known. Where they do
-    not fit into ``memory``, there is a pass for each.
+    Each sample has one forward; those that the curvature is estimated on keep their gradients until
+    it is known. Where these do not fit into ``memory``, there is a pass for each.
 
     Args:
         mechanisms: by name.
         batches: token batches int64 [B, T+1].
         kind: "identity" is the plain dot product, without curvature.
+        n_curvature: sequences that the curvature is estimated on: the first batches that hold so
+            many; None takes all.
         model, units, fisher, seed, damping, damping_rule, memory, progress: as for
             :meth:`SubspaceEKFAC.fit`.
 
@@ -185,14 +188,18 @@ def fit_and_score(
     estimate = CurvatureEstimate(
         model, units, blocks, kind=kind, fisher=fisher, seed=seed, memory=memory, keep_data=True
     )
+    n_first = 0
     for tokens in batches:
+        if n_curvature is not None and estimate.n_sequences >= n_curvature:
+            break
         estimate.add(tokens)
+        n_first += 1
         if progress is not None:
             progress(len(tokens))
     curvature = SubspaceEKFAC.of(estimate, damping=damping, damping_rule=damping_rule)
     ihvps = {name: curvature.solve(probe) for name, probe in probes.items()}
     if estimate.data_gradients is None:
-        return curvature, replay_scores(model, ihvps, batches)
+        return curvature, replay_scores(model, ihvps, batches, progress=progress)
     projection = Projection(model, ihvps)
     found = []
     for formed, loss in estimate.data_gradients:
@@ -206,6 +213,11 @@ def fit_and_score(
             shape = (len(loss), len(target.units), len(target.blocks))
             values[name] = torch.stack(columns, dim=1).view(shape).float().cpu()
         found.append((values, loss.float().cpu()))
+    scorer = ReplayScorer(model, ihvps)
+    for tokens in batches[n_first:]:
+        found.append(scorer.score(tokens))
+        if progress is not None:
+            progress(len(tokens))
     return curvature, _joined(projection.targets, found)
 
 

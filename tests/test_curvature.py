@@ -114,6 +114,19 @@ def test_one_pass_equals_two_and_a_fit_followed_by_replay(tokens, copying, fishe
             torch.testing.assert_close(found.loss, separate.loss, rtol=1e-5, atol=1e-6)
 
 
+def test_curvature_of_the_first_sequences_scores_all(tokens, copying) -> None:
+    """As a fit on those batches followed by a replay of everything."""
+    model = random_neox()
+    batches = tokens.split(3)
+    curvature, found = fit_and_score(model, {"f": copying}, UNITS, batches, n_curvature=5)
+    assert curvature is not None and curvature.n_sequences == 6
+    apart = SubspaceEKFAC.fit(model, UNITS, BLOCKS, batches[:2])
+    expected = replay_scores(model, apart.solve(probe_gradients(model, copying, UNITS)), [tokens])
+    scale = float(expected.values.abs().max())
+    torch.testing.assert_close(found["f"].values, expected.values, rtol=0, atol=1e-4 * scale)
+    torch.testing.assert_close(found["f"].loss, expected.loss, rtol=1e-5, atol=1e-6)
+
+
 def test_scores_do_not_depend_on_order_batches_or_shares(tokens, copying) -> None:
     """Sampled labels belong to a sequence, not to its place in the stream."""
     model = random_neox()
@@ -135,7 +148,7 @@ def test_sampled_draws_belong_to_the_sequence(tokens) -> None:
     draws = sampled_uniform(0, tokens)
     assert torch.equal(sampled_uniform(0, tokens.flip(0)), draws.flip(0))
     assert not torch.equal(sampled_uniform(1, tokens), draws)
-    assert 0 <= float(draws.min()) and float(draws.max()) < 1
+    assert float(draws.min()) >= 0 and float(draws.max()) < 1
 
 
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
@@ -232,9 +245,7 @@ def test_the_subset_grows_until_scores_stay(copying) -> None:
     assert found.n_sequences == sizes[-1] < 512 and sum(read) < sizes[-1] + 10
     values = [value for _, value in found.convergence]
     assert values[-1] >= 0.9 and all(value < 0.9 for value in values[:-1])
-    plain = SubspaceEKFAC.fit(
-        model, UNITS, BLOCKS, [tokens[: sizes[-1]]], fisher="empirical"
-    )
+    plain = SubspaceEKFAC.fit(model, UNITS, BLOCKS, [tokens[: sizes[-1]]], fisher="empirical")
     _same_factors(found, plain)
     everything = SubspaceEKFAC.fit(model, UNITS, BLOCKS, [tokens], fisher="empirical")
     scores = [
@@ -328,9 +339,7 @@ def test_sequences_with_broken_gradients_are_left_out_and_counted(tokens, copyin
     assert "curvature sequences 3" in said and "sequences 8" in said
     assert "2 of 12 samples have a gradient that is not finite" in said
     assert broken is not None and broken.n_not_finite == 2 and broken.n_sequences == 10
-    expected, clean = fit_and_score(
-        fine, {"f": copying}, UNITS, [tokens[good]], fisher="empirical"
-    )
+    expected, clean = fit_and_score(fine, {"f": copying}, UNITS, [tokens[good]], fisher="empirical")
     assert expected is not None
     _same_factors(broken, expected)
     assert torch.isnan(scores["f"].values[[3, 8]]).all()

@@ -17,7 +17,7 @@ from mda_lightning.gradients import GradientRegions, sequence_backward
 from mda_lightning.units import Head
 
 _Key = tuple[str, str]
-#: Bytes of float64 held at once while Λ is taken.
+#: Bytes held at once while Λ is taken.
 _ROTATED = 2**28
 
 
@@ -184,14 +184,20 @@ class CurvatureEstimate:
             for block in self.blocks
         ]
 
+        # In the gradients' own precision, as they are; the sum over sequences in float64.
+        narrow: dict[tuple[_Key, torch.dtype], Tensor] = {}
+
+        def basis(key: _Key, dtype: torch.dtype) -> Tensor:
+            return narrow.setdefault((key, dtype), bases[key].to(dtype))
+
         def add(formed: dict[str, Tensor]) -> None:
             for block, total in zip(self.blocks, totals, strict=True):
                 own = self.regions.of_block(block, formed)
-                at_once = max(1, _ROTATED // (8 * own[0].numel()))
+                u_s, u_a = basis(_s(block), own.dtype), basis(_a(block), own.dtype)
+                at_once = max(1, _ROTATED // (own.element_size() * own[0].numel()))
                 for first in range(0, len(own), at_once):
-                    part = own[first : first + at_once].double()
-                    rotated = bases[_s(block)].T @ part @ bases[_a(block)]
-                    total += rotated.square_().sum(0)
+                    rotated = u_s.T @ own[first : first + at_once] @ u_a
+                    total += rotated.square_().sum(0, dtype=torch.float64)
 
         if self._gradients is not None:
             for formed in self._gradients:
