@@ -13,6 +13,7 @@ a sample was trained on, from the training step's own forward and backward
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ __all__ = [
     "Scores",
     "SubspaceEKFAC",
     "TrainingStepScorer",
+    "config_hash",
     "fit_and_score",
     "probe_gradients",
     "replay_scores",
@@ -140,6 +142,13 @@ def replay_scores(
     """
     several = {str(k): v for k, v in ihvp.items() if isinstance(v, dict)}
     scorer = ReplayScorer(model, several or {"": cast(BlockVector, ihvp)})
+    for name, own in (several or {"": cast(BlockVector, ihvp)}).items():
+        broken = list(dict.fromkeys(str(unit) for (unit, _), v in own.items() if v.isnan().any()))
+        if broken:
+            of = f" of {name}" if name else ""
+            warnings.warn(
+                f"the IHVP{of} is NaN for {', '.join(broken)}: so are their scores", stacklevel=2
+            )
     found: list[tuple[dict[str, Tensor], Tensor]] = []
     for tokens in batches:
         found.append(scorer.score(tokens))
@@ -181,7 +190,15 @@ def fit_and_score(
     Returns:
         The curvature (None for "identity") and the scores by mechanism.
     """
+    batches = list(batches)
     probes = {name: probe_gradients(model, own, units) for name, own in mechanisms.items()}
+    for name, probe in probes.items():
+        if zero := zero_probes(probe):
+            warnings.warn(
+                f"the gradient of {name}'s f is zero in {', '.join(map(str, zero))}: nothing can "
+                "be attributed to them, every score is 0",
+                stacklevel=2,
+            )
     if kind == "identity":
         return None, replay_scores(model, probes, batches, progress=progress)
     blocks = list(dict.fromkeys(b for own in mechanisms.values() for b in own.block_names))
@@ -280,6 +297,26 @@ def _joined(
         )
         for name, target in targets.items()
     }
+
+
+_NOT_COMPUTED_WITH = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+)
+
+
+def config_hash(model: PreTrainedModel) -> str:
+    """SHA-256 over a model's configuration: the same weights compute otherwise under another.
+
+    Left out is what has no part in it: where it was loaded from, by which version.
+    """
+    content = model.config.to_dict()
+    for key in _NOT_COMPUTED_WITH:
+        content.pop(key, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:

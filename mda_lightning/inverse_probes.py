@@ -26,7 +26,7 @@ from mda_lightning.curvature import (
     tokens_hash,
 )
 from mda_lightning.gradients import BlockVector, probe_gradients
-from mda_lightning.influence import zero_probes
+from mda_lightning.influence import config_hash, zero_probes
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head
 
@@ -182,9 +182,12 @@ def _key(
     size = "all"
     if settings.tolerance is not None:  # which subset it takes depends on what is probed
         about = json.dumps([own.settings() | {"name": own.name} for own in mechanisms.values()])
-        size = f"until {settings.tolerance} for {hashlib.sha256(about.encode()).hexdigest()}"
+        damping = f"{settings.damping} {settings.damping_rule}"
+        digest = hashlib.sha256(about.encode()).hexdigest()
+        size = f"until {settings.tolerance}, damped by {damping}, for {digest}"
     return FactorKey(
         weights=weights,
+        config=config_hash(model),
         data=tokens_hash(batches),
         layout=FactorKey.layout_of(model, units, blocks),
         kind=settings.kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -96,9 +97,13 @@ def parse_bytes(text: str) -> int:
         ValueError: it is no such text, or less than 1.
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    try:
+        amount = float(match[1]) * _UNITS[match[2].upper()] if match else math.nan
+    except ValueError:
+        amount = math.nan
+    if not 1 <= amount < 2**60:
         raise ValueError(f"{text!r} is no amount of memory; write for example 4GiB or 500MiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(amount)
 
 
 def in_words(n_bytes: int) -> str:

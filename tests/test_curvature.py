@@ -26,6 +26,7 @@ from mda_lightning.curvature import (
 )
 from mda_lightning.gradients import probe_gradients, sequence_backward
 from mda_lightning.influence import (
+    config_hash,
     fit_and_score,
     replay_scores,
     token_scores,
@@ -260,6 +261,27 @@ def test_the_subset_grows_until_scores_stay(copying) -> None:
         fit_converged(model, UNITS, BLOCKS, [tokens], [probe], tolerance=1)
 
 
+def test_what_is_left_over_is_not_half_as_many(copying) -> None:
+    """33 sequences against 32 say nothing of 64."""
+    model = random_neox()
+    tokens = torch.randint(1, 40, (33, 13), generator=torch.Generator().manual_seed(3))
+    probe = probe_gradients(model, copying, UNITS)
+    with pytest.warns(UserWarning, match="cannot be told"):
+        found = fit_converged(model, UNITS, BLOCKS, [tokens], [probe], tolerance=0.5)
+    assert found.n_sequences == 33 and found.convergence == ()
+    with pytest.warns(UserWarning, match="has not converged: the least correlation"):
+        found = fit_converged(model, UNITS, BLOCKS, [tokens], [probe], tolerance=0.999, first=16)
+    assert [n for n, _ in found.convergence] == [32] and found.n_sequences == 33
+
+
+def test_the_configuration_is_part_of_what_determines_scores() -> None:
+    model, other = random_neox(), random_neox(parallel=False)
+    assert weights_hash(model) == weights_hash(other)
+    assert config_hash(model) == config_hash(random_neox()) != config_hash(other)
+    model.config._name_or_path = "elsewhere"
+    assert config_hash(model) == config_hash(random_neox())
+
+
 def test_damping_is_added_afterwards(tokens) -> None:
     model = random_neox()
     made = SubspaceEKFAC.fit(model, UNITS, BLOCKS, [tokens], damping=0.5)
@@ -276,6 +298,7 @@ def test_damping_is_added_afterwards(tokens) -> None:
 def _key(model, tokens) -> FactorKey:
     return FactorKey(
         weights=weights_hash(model),
+        config=config_hash(model),
         data=tokens_hash([tokens]),
         layout=FactorKey.layout_of(model, UNITS, BLOCKS),
         kind="ekfac",
@@ -302,7 +325,7 @@ def test_factors_come_back_from_their_file(tokens, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "data", "layout", "kind", "fisher", "seed", "size", "loss"]
+    "change", ["weights", "config", "data", "layout", "kind", "fisher", "seed", "size", "loss"]
 )
 def test_a_key_covers_what_determines_the_factors(tokens, change) -> None:
     key = _key(random_neox(), tokens)

@@ -21,7 +21,9 @@ from mda_lightning.curvature import SubspaceEKFAC
 from mda_lightning.gradients import probe_gradients
 from mda_lightning.influence import ReplayScorer, fit_and_score, token_scores
 from mda_lightning.mechanisms import mechanism
+from mda_lightning.recipes.score_settings import ScoreSettings
 from mda_lightning.store import ScoreRows, ScoreTable, ScoreWriter
+from mda_lightning.store.chunks import ChunkFolder
 from mda_lightning.units import Head
 
 N, LENGTH, VOCAB = 23, 12, 60
@@ -147,15 +149,119 @@ def test_the_batch_size_and_the_shares_change_nothing(place, tmp_path, capsys) -
     assert _score(place, tmp_path / "small", "--batch-size", "2") == EXIT_OK
     small = _values(ScoreTable.open(tmp_path / "small"))
     np.testing.assert_allclose(small, reference, atol=1e-5 * scale, rtol=0)
-    for share in (2, 0):
+    for share in (2, 0, 2):
         assert _score(place, tmp_path / "shared", "--share", f"{share}/3") == EXIT_OK
-        assert not ScoreTable.open(tmp_path / "shared").complete
-    assert "complete once share 1 is" in capsys.readouterr().err
+        assert not (tmp_path / "shared" / "induction").exists()
+    assert "written once share 1 is" in capsys.readouterr().err
     assert _score(place, tmp_path / "shared", "--share", "1/3") == EXIT_OK
     table = ScoreTable.open(tmp_path / "shared")
     assert table.complete and len(table) == N
     order = np.argsort(table.scores("L0H0")[0])
     np.testing.assert_allclose(_values(table)[order], reference, atol=1e-5 * scale, rtol=0)
+
+
+def test_shares_of_other_checkpoints_or_settings_are_not_mixed(place, tmp_path, capsys) -> None:
+    """Each waits for shares of its own kind; whichever kind is whole first is the table."""
+    for step, damping, share in ((100, 0.1, 0), (200, 0.1, 1), (100, 10, 0), (200, 0.1, 0)):
+        assert not (tmp_path / "out" / "induction").exists()
+        arguments = ("--share", f"{share}/2", "--damping", str(damping))
+        assert _score(place, tmp_path / "out", *arguments, model=f"models/step{step}") == EXIT_OK
+    assert _score(place, tmp_path / "alone", model="models/step200") == EXIT_OK
+    found, alone = (ScoreTable.open(tmp_path / name) for name in ("out", "alone"))
+    assert found.complete and len(found) == N
+    np.testing.assert_allclose(
+        _values(found), _values(alone), rtol=0, atol=1e-5 * np.abs(_values(alone)).max()
+    )
+
+
+def test_a_table_that_was_cut_short_is_written_anew(place, tmp_path, monkeypatch) -> None:
+    """Killed while the tables are written: the rows that are there are not doubled."""
+    finish, calls = ScoreWriter.finish, []
+
+    def dying(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return finish(self, *args, **kwargs)
+
+    both = ("--mechanism", "induction,previous_token")
+    monkeypatch.setattr(ScoreWriter, "finish", dying)
+    assert _score(place, tmp_path, *both) == EXIT_INTERRUPTED
+    assert _score(place, tmp_path, *both) == EXIT_OK
+    for name in ("induction", "previous_token"):
+        table = ScoreTable.open(tmp_path, mechanism=name)
+        assert table.complete and table.scores("L0H0")[0].tolist() == list(range(N))
+
+
+def test_the_same_weights_under_another_configuration_are_scored_again(
+    place, tmp_path, capsys
+) -> None:
+    other = tmp_path / "sequential"
+    random_neox(seed=100, vocab_size=VOCAB, parallel=False).save_pretrained(other)
+    one = place / "models/step100"
+    found = {}
+    for name, seed in (("a", "0"), ("b", "1")):
+        for model in (one, other):
+            out = tmp_path / f"{name}-{model.name}"
+            assert _main(model, place / "corpus", out, "--seed", seed, "--units", "L1H0") == EXIT_OK
+            found[name, model.name] = ScoreTable.open(out).scores("L1H0")[1]
+    # One folder for all factors: none is taken for another's, whatever the seed or configuration.
+    shared = tmp_path / "shared"
+    for name, seed in (("a", "0"), ("b", "1")):
+        for model in (one, other):
+            arguments = ("--seed", seed, "--units", "L1H0")
+            assert _main(model, place / "corpus", shared, *arguments) == EXIT_OK
+            table = ScoreTable.open(shared)
+            np.testing.assert_allclose(table.scores("L1H0")[1], found[name, model.name], rtol=1e-4)
+            for file in (shared / "induction").iterdir():
+                file.unlink()
+            (shared / "induction").rmdir()
+    assert len(list((shared / "factors").glob("*.safetensors"))) == 4
+    values = list(found.values())
+    assert all(not np.allclose(values[0], v, rtol=1e-3) for v in values[1:])
+    assert _main(one, place / "corpus", tmp_path / "c", "--units", "L1H0") == EXIT_OK
+    assert _main(other, place / "corpus", tmp_path / "c", "--units", "L1H0") == EXIT_ERROR
+    assert "other samples or settings" in capsys.readouterr().err
+
+
+def test_a_second_process_is_kept_from_the_same_share(place, tmp_path, monkeypatch, capsys) -> None:
+    score = ReplayScorer.score
+    codes = []
+
+    def meanwhile(self, tokens):
+        if not codes:
+            codes.append(0)
+            codes[0] = _score(place, tmp_path)
+        return score(self, tokens)
+
+    monkeypatch.setattr(ReplayScorer, "score", meanwhile)
+    assert _score(place, tmp_path) == EXIT_OK
+    assert codes == [EXIT_ERROR]
+    assert "another process is scoring share 0 of 1" in capsys.readouterr().err
+
+
+def test_chunks_are_read_from_inside_and_across(tmp_path) -> None:
+    values = np.arange(40, dtype=np.float32).reshape(20, 1, 2)
+    folder = ChunkFolder(tmp_path, first=100, most_held=1000)
+    for first, last in ((0, 7), (7, 8), (8, 20)):
+        folder.add({"f": values[first:last]}, values[first:last, 0, 0])
+        folder.flush()
+    again = ChunkFolder(tmp_path, first=100, most_held=1000)
+    assert again.next == 120
+    for first, last in ((100, 120), (103, 105), (105, 113), (107, 108), (119, 120)):
+        found = again.read(first, last)
+        np.testing.assert_array_equal(found.values["f"], values[first - 100 : last - 100])
+        np.testing.assert_array_equal(found.loss, values[first - 100 : last - 100, 0, 0])
+    (tmp_path / f"{107:012}-{108:012}.npz").unlink()
+    assert ChunkFolder(tmp_path, first=100, most_held=1000).next == 107
+
+
+def test_curvature_is_of_samples_drawn_from_all(place) -> None:
+    ids = ScoreSettings(n_curvature=50).curvature_ids(1000, 2000)
+    assert len(set(ids)) == 50 and ids.min() >= 1000 and ids.max() < 2000
+    assert ids.min() < 1100 and ids.max() > 1900 and not np.array_equal(ids, np.sort(ids))
+    assert np.array_equal(ids, ScoreSettings(n_curvature=50).curvature_ids(1000, 2000))
+    assert not np.array_equal(ids, ScoreSettings(n_curvature=50, seed=1).curvature_ids(1000, 2000))
 
 
 def test_scores_that_are_there_are_not_made_again(place, tmp_path, monkeypatch, capsys) -> None:
@@ -254,7 +360,7 @@ def test_arrays_and_megatron_files_score_as_the_corpus_does(place, rows, tmp_pat
         np.testing.assert_allclose(found[data], found["corpus"], rtol=1e-5, atol=1e-9)
 
 
-def test_documents_are_samples_of_their_own_length(place, tmp_path) -> None:
+def test_documents_are_samples_of_their_own_length(place, tmp_path, capsys) -> None:
     words = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -269,6 +375,8 @@ def test_documents_are_samples_of_their_own_length(place, tmp_path) -> None:
     assert len(source) == 6 and source.get([1]).tolist()[0].count(-1) == 10
     arguments = ("--tokenizer", str(tmp_path / "tokenizer.json"), "--length", "12")
     places = (place / "models/step100", tmp_path / "texts.jsonl", tmp_path / "out")
+    assert _main(*places, *arguments, "--per-token", "2") == EXIT_ERROR
+    assert "sample 2 has fewer than 2 tokens" in capsys.readouterr().err
     assert _main(*places, *arguments, "--curvature", "identity") == EXIT_OK
     table = ScoreTable.open(tmp_path / "out")
     model = random_neox(seed=100, vocab_size=VOCAB)
@@ -295,6 +403,9 @@ def test_documents_are_samples_of_their_own_length(place, tmp_path) -> None:
         (("--length", "12"), "--length is for texts"),
         (("--per-token", "99"), "sample 99 does not exist"),
         (("--damping", "-1"), "damping -1.0 must be a finite number >= 0"),
+        (("--seed", "-1"), "seed is -1; it is at least 0"),
+        (("--memory", "1e400"), "'1e400' is no amount of memory"),
+        (("--memory", "1.2.3G"), "'1.2.3G' is no amount of memory"),
         (("--damping", "nan", "--curvature", "identity"), "damping nan must be a finite number"),
         (("--steps", "2:99", "--samples-per-step", "4"), "samples [8, 396) (steps [2, 99)) do not"),
     ],
@@ -360,7 +471,11 @@ def test_the_same_checkpoint_twice_is_scored_once(place, rows, tmp_path, capsys)
 def test_data_that_does_not_fit_is_refused(place, tmp_path, capsys) -> None:
     np.save(tmp_path / "long.npy", np.ones((3, 200), np.int64))
     np.save(tmp_path / "high.npy", np.full((3, 9), 99))
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "inside.npy", np.array([[3, -1, 4, 5]]))
     for name, message in (
+        ("broken.npy", "broken.npy cannot be read as an array of integers"),
+        ("inside.npy", "sample 0 holds token id -1 before a real one"),
         ("long.npy", "samples of 199 tokens are longer than the model's context of 64"),
         ("high.npy", "token id 99 is not in the model's vocabulary 0..59"),
         ("none", "there is nothing at"),

@@ -80,7 +80,8 @@ class RowsSource:
 
 
 class ArraySource:
-    """Rows of an integer array [N, T + 1], such as a memory-mapped file."""
+    """Rows of an integer array [N, T + 1], such as a memory-mapped file; negative ids at a row's
+    end fill up a shorter sample."""
 
     token_ids: NDArray[np.int64] | None = None
 
@@ -98,12 +99,14 @@ class ArraySource:
     def get(self, ids: ArrayLike) -> NDArray[np.int64]:
         wanted = _checked(ids, len(self))
         found = self._array[wanted].astype(np.int64)
-        if found.size and found.min() < 0:
-            at = int(np.flatnonzero((found < 0).any(1))[0])
+        inside = (found[:, :-1] < 0) & (found[:, 1:] >= 0)
+        if inside.any():
+            at = int(np.flatnonzero(inside.any(1))[0])
             raise ValueError(
-                f"sample {wanted[at]} holds token id {found[at].min()}; ids count from 0"
+                f"sample {wanted[at]} holds token id {found[at].min()} before a real one; ids "
+                "count from 0, and negative ones may fill up a sample's end"
             )
-        return found
+        return np.maximum(found, -1)
 
     def text(self, sample: int) -> str:
         return ""
@@ -201,7 +204,13 @@ def open_tokens(
     if not place.exists():
         raise FileNotFoundError(f"there is nothing at {place}; give the data to score")
     if place.suffix == ".npy":
-        return ArraySource(np.load(place, mmap_mode="r", allow_pickle=False), str(place))
+        try:
+            array = np.load(place, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{place} cannot be read as an array of integers; np.save writes one"
+            ) from error
+        return ArraySource(array, str(place))
     if not holds_text(place):
         raise ValueError(
             f"{place} is no corpus folder, .npy, .bin with .idx, .jsonl, or folder of .txt files; "

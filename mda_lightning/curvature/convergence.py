@@ -103,7 +103,8 @@ def fit_converged(
             break  # nothing more to add
         found = SubspaceEKFAC.of(estimate, damping=damping, damping_rule=damping_rule)
         solved = [found.solve(probe) for probe in probes]
-        if former is not None:
+        # What is left at the end may be less than as much again, which says little.
+        if former is not None and found.n_sequences >= size:
             values = [
                 value
                 for a, b in zip(former, solved, strict=True)

@@ -23,6 +23,8 @@ from mda_lightning.files import atomic_path
 from mda_lightning.units import Head, parse_unit
 
 SCHEMA_VERSION = 1
+#: Of the estimate itself: raised whenever a change of the code changes its numbers.
+ESTIMATE_VERSION = 1
 
 
 def tokens_hash(batches: Iterable[Tensor]) -> str:
@@ -40,6 +42,7 @@ class FactorKey:
 
     Attributes:
         weights: :func:`mda_lightning.influence.weights_hash` of the model.
+        config: :func:`mda_lightning.influence.config_hash` of it.
         data: :func:`tokens_hash` of the curvature sequences offered.
         layout: model type, dtype and the blocks' places in the weights.
         kind, fisher, seed, loss: how they are estimated.
@@ -47,6 +50,7 @@ class FactorKey:
     """
 
     weights: str
+    config: str
     data: str
     layout: str
     kind: str
@@ -69,7 +73,8 @@ class FactorKey:
     @property
     def name(self) -> str:
         """File name."""
-        text = json.dumps(asdict(self) | {"schema_version": SCHEMA_VERSION}, sort_keys=True)
+        versions = {"schema_version": SCHEMA_VERSION, "estimate_version": ESTIMATE_VERSION}
+        text = json.dumps(asdict(self) | versions, sort_keys=True)
         return f"factors-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
 

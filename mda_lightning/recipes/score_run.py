@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from mda_lightning.checkpoints import Checkpoint, HubRevision
 from mda_lightning.corpora.sources import TokenSource
 from mda_lightning.curvature import CurvatureError
 from mda_lightning.gradients import BlockVector
-from mda_lightning.influence import ReplayScorer, weights_hash
+from mda_lightning.influence import ReplayScorer, config_hash, weights_hash
 from mda_lightning.inverse_probes import inverse_probes, warn_of_unscored
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.micro_batch import micro_batch
@@ -32,6 +33,7 @@ from mda_lightning.recipes.monitor_metrics import versions
 from mda_lightning.recipes.score_settings import ScoreSettings, Share, job_hash, parse_units
 from mda_lightning.recipes.score_source import fit_to_model, score_of_real
 from mda_lightning.recipes.score_tables import (
+    chunk_folder,
     kept_weights,
     remove_if_empty,
     write_tables,
@@ -77,25 +79,31 @@ class ScoreRun:
         self._total = n_checkpoints * (self._own[1] - self._own[0])
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; --output names a folder")
+        if (folder / "meta.json").exists():
+            raise ValueError(f"{folder} is a corpus folder; --output names another one")
+        short = [i for i in per_token if source.get([i])[0, 1] < 0]
+        if short:
+            raise ValueError(
+                f"sample {short[0]} has fewer than 2 tokens, so no position has a score"
+            )
         self._data = source.digest(*span)
         self._units: list[Head] = []
         self._job = ""
-        self._chunks: list[ChunkFolder] = []
         self._per_token = list(dict.fromkeys(per_token)) if share.index == 0 else []
         self._token_parts: list[TokenParts] = []
         self._kept: list[str] | None = None  # weights of complete tables of the same job
         self._used: list[dict[str, Any]] = []
         self._started: float | None = None
-        self._n_before = self._shown = 0.0
-        self._done = 0
+        self._shown = 0.0
+        self._done = self._n_new = 0
+        self._lock: FileLock | None = None
 
     def show(self, doing: str, number: int, checkpoint: Checkpoint) -> None:
         """Tell the progress."""
         done = number * (self._own[1] - self._own[0]) + self._done
         left = None
-        if self._started is not None and done > self._n_before:
-            rate = (time.monotonic() - self._started) / (done - self._n_before)
-            left = rate * (self._total - done)
+        if self._started is not None and self._n_new:
+            left = (time.monotonic() - self._started) / self._n_new * (self._total - done)
         remote = isinstance(checkpoint, HubRevision)
         self._show(CheckpointProgress(doing, done, self._total, checkpoint.label, remote, left))
 
@@ -116,8 +124,9 @@ class ScoreRun:
         to(device=self._device, dtype=DTYPES[self._dtype] or model.dtype)
         if not self._job:
             self._begin(model, units, tokenizer)
-            self._kept = kept_weights(self._folder, self._mechanisms, self._job)
+            self._kept = kept_weights(self._folder, self._mechanisms, self._job, self._span)
             if self._kept is None:
+                self._claim()
                 for mechanism in self._mechanisms:  # refused now, not once all is scored
                     writer_of(self._folder, mechanism, self._units, self._source, self._share)
         if self._kept is not None:
@@ -140,16 +149,17 @@ class ScoreRun:
             }
         )
         width = len(self._units) * sum(len(m.block_names) for m in self._mechanisms)
-        work = self._work / f"{sha[:16]}-share-{self._share.index}-of-{self._share.count}"
         first, last = self._own
-        chunks = ChunkFolder(work, first=first, most_held=max(1, _HELD_NUMBERS // width))
-        self._chunks.append(chunks)
+        place = chunk_folder(self._work, sha, self._share)
+        chunks = ChunkFolder(place, first=first, most_held=max(1, _HELD_NUMBERS // width))
         self._done = chunks.next - first
 
         def estimating(n: int) -> None:
             self._n_curvature += n
-            self.show(f"curvature ({self._n_curvature:,} sequences) of", number, checkpoint)
+            done = f"curvature ({self._n_curvature:,} of at most {most:,} sequences) of"
+            self.show(done, number, checkpoint)
 
+        most = len(self._settings.curvature_ids(*self._span))
         self._n_curvature = 0
         estimating(0)
         ihvps, provenance = self._solved(model, sha, estimating)
@@ -157,7 +167,6 @@ class ScoreRun:
         if chunks.next < last:
             if self._started is None:
                 self._started = time.monotonic()
-                self._n_before = number * (last - first) + self._done
             self._score_rest(number, checkpoint, ReplayScorer(model, ihvps), chunks)
         if self._per_token:
             self._add_token_parts(model, ihvps)
@@ -200,15 +209,16 @@ class ScoreRun:
             self._say(f"{self._folder} holds these scores already")
             remove_if_empty(self._work)
             return {m.name: ScoreTable.open(self._folder / m.name) for m in self._mechanisms}
+        assert self._lock is not None
+        self._lock.release()
         return write_tables(
             self._folder,
             self._work,
-            self._chunks,
             self._mechanisms,
             self._units,
             source=self._source,
             share=self._share,
-            span=self._own,
+            span=self._span,
             samples_per_step=self._per_step,
             ihvp_step=self._used[0]["step"] if len(self._used) == 1 else None,
             provenance={
@@ -247,9 +257,22 @@ class ScoreRun:
             dtype=str(model.dtype),
             span=list(self._span),
             samples_per_step=self._per_step,
+            config=config_hash(model),
         )
         self._work = self._folder / _WORK / self._job[:16]
         self._work.mkdir(parents=True, exist_ok=True)
+
+    def _claim(self) -> None:
+        """Keep other processes from scoring the same share at the same time."""
+        lock = FileLock(str(self._work / f".share-{self._share.index}-of-{self._share.count}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"another process is scoring share {self._share.index} of {self._share.count} into "
+                f"{self._folder} already; wait for it, or give another --output"
+            ) from error
+        self._lock = lock
 
     def _solved(
         self, model: PreTrainedModel, sha: str, progress: Callable[[int], None]
@@ -296,6 +319,7 @@ class ScoreRun:
             for tokens in self._batches(chunks.next, last, at_once):
                 check_token_ids(scorer.model, tokens.clamp_min(0))
                 chunks.add(*score_of_real(scorer, tokens))
+                self._n_new += len(tokens)
                 self._done = chunks.next - first
                 if time.monotonic() - self._shown > _SHOWN_EVERY:
                     self._shown = time.monotonic()

@@ -48,6 +48,8 @@ class ScoreSettings:
         if self.most_curvature < 1:
             raise ValueError(f"most_curvature is {self.most_curvature}; it is at least 1")
 
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it is at least 0")
         check_damping(self.damping)
 
     @property

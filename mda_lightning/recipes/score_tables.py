@@ -14,13 +14,20 @@ from mda_lightning.corpora.sources import TokenSource
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.recipes.score_settings import Share
 from mda_lightning.store import ScoreRows, ScoreTable, ScoreWriter
-from mda_lightning.store.chunks import ChunkFolder, mean_chunk
+from mda_lightning.store.chunks import Chunk, ChunkFolder, mean_chunk
 from mda_lightning.units import Head
 
 _AT_ONCE = 2**14
 
 
-def kept_weights(folder: Path, mechanisms: Sequence[Mechanism], job: str) -> list[str] | None:
+def chunk_folder(work: Path, weights: str, share: Share) -> Path:
+    """Where a share's scores at one checkpoint are kept until the tables are written."""
+    return work / f"{weights[:32]}-share-{share.index}-of-{share.count}"
+
+
+def kept_weights(
+    folder: Path, mechanisms: Sequence[Mechanism], job: str, span: tuple[int, int]
+) -> list[str] | None:
     """Hashes of the weights that complete tables of the same job are of; None without such tables.
 
     Raises:
@@ -40,7 +47,7 @@ def kept_weights(folder: Path, mechanisms: Sequence[Mechanism], job: str) -> lis
                     f"{place} holds scores of other samples or settings; give another --output, "
                     "or remove it"
                 )
-            n_complete += 1
+            n_complete += len(table) == span[1] - span[0]
             kept = [one["weights_hash"] for one in table.provenance["checkpoints"]]
     return kept if n_complete == len(mechanisms) else None
 
@@ -78,7 +85,6 @@ def remove_if_empty(work: Path) -> None:
 def write_tables(
     folder: Path,
     work: Path,
-    chunks: Sequence[ChunkFolder],
     mechanisms: Sequence[Mechanism],
     units: Sequence[Head],
     *,
@@ -90,65 +96,65 @@ def write_tables(
     provenance: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, ScoreTable]:
-    """Write one share's rows; the last share to end completes the tables and removes ``work``.
+    """The tables, once every share has scored its samples at every checkpoint of this call.
+
+    They are put together from the shares' chunks, which lie under the job and the weights that made
+    them: nothing else can get in.
 
     Args:
         folder: of the tables, one a mechanism.
-        work: of the chunks, and of marks of the shares that have ended.
-        chunks: each checkpoint's; their mean is written.
+        work: of the chunks; removed when the tables are complete.
         source: says the samples' domains.
-        span: this share's samples.
+        span: the samples of all shares.
         samples_per_step, ihvp_step: for the columns ``step`` and ``ihvp_step``; None is -1.
-        provenance: of the tables, but for the mechanism.
+        provenance: of the tables, but for the mechanism; its ``checkpoints`` are averaged.
         mechanisms, units, share, say: of the call.
 
     Returns:
         The tables by mechanism, or none where other shares have not ended.
     """
-    has_domains = source.domains([0]) is not None
-    writers = {m.name: writer_of(folder, m, units, source, share) for m in mechanisms}
-    for own in writers.values():
-        own.discard_from(-1)
-    broken: list[int] = []
-    for start in range(*span, _AT_ONCE):
-        stop = min(start + _AT_ONCE, span[1])
-        mean = mean_chunk([one.read(start, stop) for one in chunks])
-        ids = np.arange(start, stop, dtype=np.int64)
-        names = source.domains(ids) if has_domains else None
-        there = source.get(ids)[:, 1] >= 0  # a document of one token has no score either
-        broken += ids[np.isnan(mean.loss) & there].tolist()
-        for name, own in writers.items():
-            own.add(
-                ScoreRows(
-                    ids,
-                    np.full(len(ids), -1) if samples_per_step is None else ids // samples_per_step,
-                    mean.values[name],
-                    mean.loss,
-                    np.full(len(ids), -1 if ihvp_step is None else ihvp_step),
-                    None if names is None else np.asarray(names, dtype=np.str_),
-                )
-            )
-    for own in writers.values():
-        own.flush()
-    if broken:
-        say(
-            f"{len(broken)} of {span[1] - span[0]} samples have a gradient that is not finite at "
-            f"some checkpoint and no score (NaN): {', '.join(map(str, broken[:5]))}"
-            f"{' ...' if len(broken) > 5 else ''}"
-        )
+    weights = [one["weights_hash"] for one in provenance["checkpoints"]]
+    shares = [Share(i, share.count) for i in range(share.count)]
+    work.mkdir(parents=True, exist_ok=True)
     with FileLock(str(work / ".lock")):
-        marks = [work / f"share-{i}-of-{share.count}.done" for i in range(share.count)]
-        marks[share.index].touch()
-        done = [mark.exists() for mark in marks]
-        if not all(done):
-            waiting = ", ".join(str(i) for i, ended in enumerate(done) if not ended)
+        kept = kept_weights(folder, mechanisms, provenance["job"], span)
+        if kept is not None and sorted(kept) == sorted(weights):  # another process was quicker
+            return {m.name: ScoreTable.open(folder / m.name) for m in mechanisms}
+        chunks = {
+            one: [
+                ChunkFolder(chunk_folder(work, sha, one), first=one.of(*span)[0], most_held=1)
+                for sha in weights
+            ]
+            for one in shares
+        }
+        waiting = [
+            str(one.index)
+            for one, own in chunks.items()
+            if any(at.next < one.of(*span)[1] for at in own)
+        ]
+        if waiting:
             say(
-                f"share {share.index} of {share.count} is done; the tables are complete once "
-                f"share {waiting} is"
+                f"share {share.index} of {share.count} is done; the tables are written once "
+                f"share {', '.join(waiting)} is"
             )
             return {}
+        writers = {m.name: writer_of(folder, m, units, source, Share()) for m in mechanisms}
+        for writer in writers.values():
+            writer.discard_from(-1)  # of a call that was interrupted here
+        broken: list[int] = []
+        for one, own in chunks.items():
+            first, last = one.of(*span)
+            for start in range(first, last, _AT_ONCE):
+                mean = mean_chunk([at.read(start, min(start + _AT_ONCE, last)) for at in own])
+                broken += _add(writers, mean, source, samples_per_step, ihvp_step)
+        if broken:
+            say(
+                f"{len(broken)} of {span[1] - span[0]} samples have a gradient that is not finite "
+                f"at some checkpoint and no score (NaN): {', '.join(map(str, broken[:5]))}"
+                f"{' ...' if len(broken) > 5 else ''}"
+            )
         tables = {
-            m.name: writer_of(folder, m, units, source, Share(0, share.count)).finish(
+            m.name: writers[m.name].finish(
                 {
                     "mechanism": m.name,
                     "mechanism_settings": m.settings(),
@@ -161,3 +167,29 @@ def write_tables(
     shutil.rmtree(work)
     remove_if_empty(work)
     return tables
+
+
+def _add(
+    writers: Mapping[str, ScoreWriter],
+    mean: Chunk,
+    source: TokenSource,
+    samples_per_step: int | None,
+    ihvp_step: int | None,
+) -> list[int]:
+    """Add samples to every mechanism's table; returns those with a gradient that is not finite."""
+    ids = np.arange(mean.first, mean.last, dtype=np.int64)
+    names = source.domains(ids)
+    for name, writer in writers.items():
+        writer.add(
+            ScoreRows(
+                ids,
+                np.full(len(ids), -1) if samples_per_step is None else ids // samples_per_step,
+                mean.values[name],
+                mean.loss,
+                np.full(len(ids), -1 if ihvp_step is None else ihvp_step),
+                None if names is None else np.asarray(names, dtype=np.str_),
+            )
+        )
+    there = source.get(ids)[:, 1] >= 0  # a document of one token has no score either
+    found: list[int] = ids[np.isnan(mean.loss) & there].tolist()
+    return found
