@@ -18,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from mda_lightning.families import FAMILIES, Family
 from mda_lightning.units import Head
 
-BlockName = Literal["QK", "V", "O"]
+BlockName = Literal["QK", "V", "O", "QK+bias", "V+bias"]
 HEAD_BLOCKS: tuple[BlockName, ...] = ("QK", "V", "O")
+#: The same with the biases of the head's own rows; the output projection's is of no head alone.
+HEAD_BLOCKS_WITH_BIAS: tuple[BlockName, ...] = ("QK+bias", "V+bias", "O")
 
 
 class UnsupportedModelError(ValueError):
@@ -38,7 +40,7 @@ class Block:
     """Weights ``[rows, columns]`` of a unit: rows of linear layers with the same input, stacked.
 
     Attributes:
-        name: "QK" (joint, Eq. 16), "V" or "O".
+        name: "QK" (joint, Eq. 16), "V" or "O"; with "+bias" the bias is one more input column.
         parts: the rows, module by module; the dotted names are from the language model down.
         columns: the input columns, the same in every part.
         shared_with: heads whose queries read the same key and value rows (grouped queries); these
@@ -80,7 +82,19 @@ class Block:
 
     def of_input(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The block's columns of its layers' common input, [..., columns]."""
-        return inputs[self.parts[0].module][..., self.columns]
+        return input_columns(inputs[self.parts[0].module], self.columns)
+
+
+def input_columns(x: Tensor, columns: slice) -> Tensor:
+    """Columns of a linear layer's input x [..., in]; the one after the last is 1, for its bias."""
+    if columns.stop > x.shape[-1]:
+        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+    return x[..., columns]
+
+
+def modules_of(blocks: Sequence[Block]) -> list[str]:
+    """Dotted names of the linear layers that hold some blocks, each once."""
+    return list(dict.fromkeys(name for block in blocks for name in block.modules))
 
 
 @dataclass(frozen=True)
@@ -167,22 +181,24 @@ class ModelLayout:
         return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
     def block(self, unit: Head, name: BlockName) -> Block:
-        """The place of one block of one head (Table 3; biases are not part of it)."""
+        """The place of one block of one head (Table 3)."""
         self.check(unit)
         if name == "O":
             part = Part(self.output_name(unit.layer), slice(0, self.d_model))
             return Block(unit, name, (part,), self.head_columns(unit.head))
-        if name not in HEAD_BLOCKS:
+        if name not in (*HEAD_BLOCKS, *HEAD_BLOCKS_WITH_BIAS):
             raise ValueError(
                 f"{name!r} is not a block of a head; a head has {', '.join(HEAD_BLOCKS)}"
             )
-        parts = tuple(self._part(unit, kind) for kind in ("qk" if name == "QK" else "v"))
+        weights, _, bias = name.partition("+")
+        parts = tuple(self._part(unit, kind) for kind in ("qk" if weights == "QK" else "v"))
         if len(parts) == 2 and parts[0].module == parts[1].module:
             first, second = parts[0].rows, parts[1].rows
             if first.stop == second.start:
                 parts = (Part(parts[0].module, slice(first.start, second.stop)),)
         others = tuple(head for head in self.group(unit) if head != unit)
-        return Block(unit, name, parts, slice(0, self.d_model), others)
+        width = self.d_model + (1 if bias else 0)
+        return Block(unit, name, parts, slice(0, width), others)
 
     def _part(self, unit: Head, kind: str) -> Part:
         place = {"q": self.family.q, "k": self.family.k, "v": self.family.v}[kind]

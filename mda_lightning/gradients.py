@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import Block, BlockName, describe, unembedding
+from mda_lightning.architectures import (
+    Block,
+    BlockName,
+    describe,
+    input_columns,
+    modules_of,
+    unembedding,
+)
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.modes import evaluating, frozen
 from mda_lightning.sequence_loss import loss_at_hidden
@@ -141,11 +148,6 @@ class GradientRegions:
                 )
         self.names = list(self._regions)
 
-    @property
-    def n_numbers(self) -> int:
-        """Numbers that :meth:`form` makes for one sequence."""
-        return sum((r.stop - r.start) * (c.stop - c.start) for r, c in self._regions.values())
-
     def form(self, inputs: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """G_i = Σ_t δ[t] x[t]ᵀ of each sequence in each layer's region: [B, rows, columns].
 
@@ -154,7 +156,7 @@ class GradientRegions:
         """
         found = {}
         for name, (rows, columns) in self._regions.items():
-            x, delta = inputs[name][..., columns], deltas[name][..., rows]
+            x, delta = input_columns(inputs[name], columns), deltas[name][..., rows]
             if x.dtype != torch.float64:
                 x = x.float()
             found[name] = torch.bmm(delta.to(x.dtype).transpose(1, 2), x)
@@ -188,8 +190,12 @@ def probe_gradients(
     layout = describe(model)
     blocks = layout.blocks(units, mechanism.block_names)
     found: BlockVector = {}
-    names = [name for block in blocks for name in block.modules]
-    with evaluating(model), frozen(model), torch.enable_grad(), Taps(model, names) as taps:
+    with (
+        evaluating(model),
+        frozen(model),
+        torch.enable_grad(),
+        Taps(model, modules_of(blocks)) as taps,
+    ):
         value = mechanism.probe(model)
         per_head = value.dim() > 0
         together: dict[tuple[int, int], list[Block]] = {}
@@ -198,7 +204,7 @@ def probe_gradients(
             together.setdefault((block.unit.layer if per_head else 0, turn), []).append(block)
         for (layer, turn), own in together.items():
             scalar = value[layer, turn :: layout.entangled].sum() if per_head else value
-            wanted = dict.fromkeys(name for block in own for name in block.modules)
+            wanted = modules_of(own)
             deltas = taps.gradients(scalar, wanted, retain_graph=True)
             regions = GradientRegions(own)
             formed = regions.form(_as_one(taps.inputs, wanted), _as_one(deltas, wanted))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import BlockName, describe
+from mda_lightning.architectures import BlockName, describe, modules_of
 from mda_lightning.curvature import Fisher, SubspaceEKFAC
 from mda_lightning.curvature.estimate import CurvatureEstimate
 from mda_lightning.curvature.factors import DampingRule
@@ -256,7 +256,7 @@ def token_scores(model: PreTrainedModel, ihvp: BlockVector, tokens: Tensor) -> S
     scorer = ReplayScorer(model, {"": ihvp})
     target, layout = scorer.targets[""], describe(model)
     blocks = layout.blocks(target.units, target.blocks)
-    names = list(dict.fromkeys(name for block in blocks for name in block.modules))
+    names = modules_of(blocks)
     values, losses = [], []
     for row in tokens[:, None]:
         backward = sequence_backward(model, names, row)

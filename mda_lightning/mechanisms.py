@@ -7,7 +7,7 @@ whose gradient influence scores project on. f is always higher-is-better.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from mda_lightning.architectures import (
     HEAD_BLOCKS,
+    HEAD_BLOCKS_WITH_BIAS,
     BlockName,
     check_token_ids,
     describe,
+    modules_of,
     real_token_ids,
     special_token_ids,
     unembedding,
@@ -33,6 +35,7 @@ from mda_lightning.probes import (
     single_target_sequences,
 )
 from mda_lightning.sequence_loss import loss_at_hidden
+from mda_lightning.units import Head
 from mda_lightning.vocabulary import describe_token_ids, token_id_tuple
 
 ProbeFunction = Literal["attention", "log_attention", "copy_logprob"]
@@ -86,6 +89,8 @@ class _HeadMechanism(ABC):
             the sequences that later judge it.
         bos: a token put in front of every sequence, or None (default, SPEC §2).
         length: shortest and longest sequence; what it counts is said by the mechanism.
+        bias: whether the biases of a head's query, key and value rows belong to π (SPEC §4: not by
+            default).
         token_ids: ids to draw from; None takes those the model's tokenizer really uses, as far as
             the model's configuration tells.
     """
@@ -98,6 +103,7 @@ class _HeadMechanism(ABC):
     bos: int | None = None
     token_ids: tuple[int, ...] | None = None
     length: tuple[int, int] = (8, 20)
+    bias: bool = False
     _built: dict[Any, ProbeSet] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +127,11 @@ class _HeadMechanism(ABC):
         """The probe set of μ (kind "mu") or of f ("f")."""
 
     @property
+    @abstractmethod
+    def block_names(self) -> tuple[BlockName, ...]:
+        """π."""
+
+    @property
     def chance(self) -> float:
         built = [probes for (kind, _), probes in self._built.items() if kind == "mu"]
         if built:
@@ -131,6 +142,8 @@ class _HeadMechanism(ABC):
         return self._probes("mu", tuple(range(self.length[1]))).chance
 
     def check(self, model: PreTrainedModel) -> None:
+        if self.bias:
+            _check_biases(model, self.block_names)
         tokens = self._draw("mu", model).tokens
         check_token_ids(model, tokens)
         longest = tokens.shape[1]
@@ -170,6 +183,16 @@ class _HeadMechanism(ABC):
         )
         metric.update(model)
         return metric.compute()
+
+
+def _check_biases(model: PreTrainedModel, blocks: Sequence[BlockName]) -> None:
+    layout = describe(model)
+    own = [name for name in blocks if name.endswith("+bias")]
+    for module in modules_of(layout.blocks([Head(0, 0)], own)):
+        if getattr(model.get_submodule(module), "bias", None) is None:
+            raise ValueError(
+                f"bias=True, but {module} of this {layout.model_type} has none; leave bias=False"
+            )
 
 
 def _attention_probe(model: PreTrainedModel, probes: ProbeSet, *, log: bool) -> Tensor:
@@ -215,7 +238,8 @@ class InductionHead(_HeadMechanism):
 
     @property
     def block_names(self) -> tuple[BlockName, ...]:
-        return HEAD_BLOCKS if self.probe_function == "copy_logprob" else ("QK",)
+        blocks = HEAD_BLOCKS_WITH_BIAS if self.bias else HEAD_BLOCKS
+        return blocks if self.probe_function == "copy_logprob" else blocks[:1]
 
     def probe(self, model: PreTrainedModel) -> Tensor:
         probes = self._draw("f", model)
@@ -252,7 +276,7 @@ class PreviousTokenHead(_HeadMechanism):
 
     @property
     def block_names(self) -> tuple[BlockName, ...]:
-        return ("QK",)
+        return ("QK+bias",) if self.bias else ("QK",)
 
     def probe(self, model: PreTrainedModel) -> Tensor:
         probes = self._draw("f", model)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import BlockName, describe
+from mda_lightning.architectures import BlockName, describe, input_columns
 from mda_lightning.gradients import BlockVector
 from mda_lightning.units import Head
 
@@ -153,7 +153,7 @@ class Projection:
         layer = self._layers.get(module)
         if layer is None:
             return
-        x, delta = x[..., layer.columns], delta[..., layer.rows]
+        x, delta = input_columns(x, layer.columns), delta[..., layer.rows]
         if x.dtype == delta.dtype and x.dtype in (torch.float32, torch.float64):
             layer.add(out, x, delta)
             return

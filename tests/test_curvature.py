@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from models import random_neox
 from scipy.stats import spearmanr
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mda_lightning.architectures import describe
 from mda_lightning.curvature import (
@@ -173,6 +174,76 @@ def test_shorter_samples_count_only_their_own_positions(tokens, copying, fisher)
         sequence_backward(model, [], torch.tensor([[-1, 3, 4]]))
     with pytest.raises(ValueError, match="sequence 1 of the batch has fewer than 2 tokens"):
         sequence_backward(model, [], torch.tensor([[3, 4, 5], [3, -1, -1]]))
+
+
+@pytest.mark.parametrize("probe_function", ["copy_logprob", "attention"])
+def test_biases_are_one_more_input_column(tokens, probe_function) -> None:
+    """Scores with biases against batch-1 autograd and a dense inverse of the widened block."""
+    model = random_neox()
+    settings = {"token_ids": range(1, 40), "probe_function": probe_function, "bias": True}
+    own = mechanism("induction", **settings)
+    assert own.block_names == ("QK+bias", "V+bias", "O")[: 3 if "copy" in probe_function else 1]
+    padded = tokens.clone()
+    padded[4, 7:] = -1
+    curvature, scores = fit_and_score(model, {"f": own}, UNITS, padded.split(5), fisher="empirical")
+    assert curvature is not None
+    value = own.probe(model)
+    ihvp = curvature.solve(probe_gradients(model, own, UNITS))
+    again = replay_scores(model, ihvp, [padded]).values  # formed layer by layer
+    torch.testing.assert_close(
+        again, scores["f"].values, rtol=0, atol=1e-4 * float(again.abs().max())
+    )
+    for i, unit in enumerate(UNITS):
+        module = model.gpt_neox.layers[unit.layer].attention.query_key_value
+        f = value if value.dim() == 0 else value[unit.layer, unit.head]
+
+        def gradient(of, rows, module=module):
+            weight, bias = torch.autograd.grad(of, [module.weight, module.bias], retain_graph=True)
+            return torch.cat([weight[rows], bias[rows, None]], dim=1).detach().double()
+
+        for k, of_kind in enumerate(((0, 16), (16, 24))):
+            if k == len(own.block_names):
+                break
+            rows = slice(*(24 * unit.head + edge for edge in of_kind))
+            a, s, n, gradients = 0.0, 0.0, 0, []
+            for row in padded:
+                row = row[row >= 0]
+                kept = {}
+
+                def keep(_, args, output, kept=kept):
+                    kept.update(x=args[0], y=output)
+
+                handle = module.register_forward_hook(keep)
+                loss = F.cross_entropy(model(row[None, :-1]).logits[0], row[1:], reduction="sum")
+                handle.remove()
+                delta = torch.autograd.grad(loss, kept["y"], retain_graph=True)[0][0][:, rows]
+                x = kept["x"][0].detach().double()
+                x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+                a, s, n = a + x.T @ x, s + delta.double().T @ delta.double(), n + len(x)
+                gradients.append(gradient(loss, rows))
+            u_a, u_s = torch.linalg.eigh(a / n).eigenvectors, torch.linalg.eigh(s / n).eigenvectors
+            stacked = torch.stack(gradients)
+            spectrum = (u_s.T @ stacked @ u_a).square().mean(0)
+            probe = u_s.T @ gradient(f, rows) @ u_a
+            ihvp = u_s @ (probe / (spectrum + 0.1 * spectrum.mean())) @ u_a.T
+            expected = -(stacked * ihvp).sum((1, 2))
+            scale = float(expected.abs().max())
+            found = scores["f"].values[:, i, k].double()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * scale)
+    with pytest.raises(ValueError, match=r"self_attn.q_proj of this llama has none"):
+        mechanism("induction", **settings).check(
+            AutoModelForCausalLM.from_config(
+                LlamaConfig(
+                    vocab_size=48,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    bos_token_id=0,
+                    eos_token_id=0,
+                )
+            )
+        )
 
 
 def test_token_scores_sum_to_the_sample_and_belong_to_their_position(tokens, copying) -> None:

@@ -73,6 +73,11 @@ def add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="the induction mechanism's f (default: attention, which scores QK alone)",
     )
     what.add_argument(
+        "--bias",
+        action="store_true",
+        help="count the biases of a head's query, key and value rows among its weights",
+    )
+    what.add_argument(
         "--units", default="all", metavar="L1H2,...", help="heads (default: %(default)s)"
     )
     what.add_argument(
@@ -220,6 +225,7 @@ def _score(options: argparse.Namespace) -> int:
     from mda_lightning.recipes.score_source import open_source
 
     probe = {"probe_function": options.probe} if options.probe else {}
+    bias = {"bias": True} if options.bias else {}
     settings = ScoreSettings(
         curvature=options.curvature,
         n_curvature=options.curvature_samples,
@@ -245,7 +251,10 @@ def _score(options: argparse.Namespace) -> int:
         tables = score_checkpoints(
             options.checkpoints,
             source,
-            [mechanism(n, **(probe if n == "induction" else {})) for n in options.mechanism],
+            [
+                mechanism(name, **bias, **(probe if name == "induction" else {}))
+                for name in options.mechanism
+            ],
             units=options.units,
             output=options.output,
             settings=settings,

@@ -90,7 +90,8 @@ class CurvatureEstimate:
         if len(tokens):
             self.n_sequences += len(tokens)
             self.n_positions += positions
-            self._add_moments(inputs, own)
+            real = backward.real[finite]
+            self._add_moments(inputs, own, None if bool(real.all()) else real)
             if self.kind == "ekfac":
                 self._keep(tokens, inputs, own, None if sampled else formed)
 
@@ -129,7 +130,9 @@ class CurvatureEstimate:
             for block, own in zip(self.blocks, eigenvalues, strict=True)
         }
 
-    def _add_moments(self, inputs: dict[str, Tensor], deltas: dict[str, Tensor]) -> None:
+    def _add_moments(
+        self, inputs: dict[str, Tensor], deltas: dict[str, Tensor], real: Tensor | None
+    ) -> None:
         done: set[_Key] = set()
         for block in self.blocks:
             for key, source, values in (
@@ -138,7 +141,8 @@ class CurvatureEstimate:
             ):
                 if key not in done:
                     done.add(key)
-                    flat = source(values).flatten(0, 1)
+                    found = source(values)
+                    flat = found.flatten(0, 1) if real is None else found[real]
                     if flat.dtype != torch.float64:
                         flat = flat.float()
                     # A batch's product as exact as its factors, the sum over batches in float64.

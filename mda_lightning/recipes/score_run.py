@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import check_token_ids, describe
+from mda_lightning.architectures import check_token_ids, describe, modules_of
 from mda_lightning.checkpoints import Checkpoint, HubRevision
 from mda_lightning.corpora.sources import TokenSource
 from mda_lightning.curvature import CurvatureError
@@ -338,10 +338,9 @@ class ScoreRun:
         if self._batch_size is None:
             blocks = list(dict.fromkeys(b for m in self._mechanisms for b in m.block_names))
             parts = describe(model).blocks(self._units, blocks)
-            names = list(dict.fromkeys(name for block in parts for name in block.modules))
             length = self._source.row_length - 1
             reserved = 0 if self._memory is None else self._memory // 4  # for the curvature
             self._batch_size = micro_batch(
-                model, names, length=length, memory=self._memory, reserved=reserved
+                model, modules_of(parts), length=length, memory=self._memory, reserved=reserved
             )
         return self._batch_size
