@@ -24,15 +24,26 @@ class StepScores(NamedTuple):
 
     Attributes:
         values: by mechanism, float32 [B, U, K]; NaN where no gradient came to a unit's layers.
-        loss: float32 [B], mean over positions, in nats; NaN where the step's logits were not to be
-            seen, or are not those of a plain cross-entropy.
-        scale: float32 [B], by how much the loss of a position was multiplied in what was
-            differentiated, as read from the gradient of the logits; NaN as for ``loss``.
+        loss: float32 [B], mean over the positions that count (a label that is ignored leaves no
+            gradient), in nats; NaN where the step's logits were not to be seen, or the loss is not
+            their cross-entropy. A term of the logits' normaliser alone (z-loss) goes unnoticed and
+            makes it a little too low.
+        scale: float32 [B], what the loss of each of these positions was multiplied by in what was
+            differentiated, read from the gradient of the logits; NaN where that cannot be read, or
+            positions are weighted differently.
+        counted: int64 [B], how many positions count, or -1 where that is not to be seen.
+        uncertainty: of a scale, relative.
     """
 
     values: dict[str, Tensor]
     loss: Tensor
     scale: Tensor
+    counted: Tensor
+    uncertainty: float
+
+    def scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        """The values times ``factor`` [B]."""
+        return {name: own * factor[:, None, None] for name, own in self.values.items()}
 
 
 class TrainingStepScorer:
@@ -136,8 +147,15 @@ class TrainingStepScorer:
             partial[:, unseen] = torch.nan
         if loss is None:
             nothing = partial.new_full((len(partial),), torch.nan)
-            loss = LogitLoss(nothing, nothing)
-        return StepScores(projection.split(partial), loss.loss.float(), loss.scale.float())
+            unseen_count = torch.full((len(partial),), -1, device=partial.device)
+            loss = LogitLoss(nothing, nothing, unseen_count, 0.0)
+        return StepScores(
+            projection.split(partial),
+            loss.loss.float(),
+            loss.scale.float(),
+            loss.counted,
+            loss.uncertainty,
+        )
 
     def remove(self) -> None:
         """Take the hooks off; may be called more than once."""

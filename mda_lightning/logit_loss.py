@@ -11,7 +11,11 @@ so for any column j that is not the label
 
     s = exp(l_y − l_j) g_j − g_y,      −log p_y = log s − log g_j + l_j − l_y.
 
-Both are read from the label's column and the most probable of a few fixed ones.
+Both are read from the label's column and the most probable of a few fixed ones. A position without
+a gradient in any of them is no part of the loss: its label is ignored, or its weight is 0. Two
+columns that disagree tell of another loss (label smoothing, distillation). A term of the logits'
+normaliser Z alone (z-loss) cannot be told: with z log² Z, s is right and −log p_y is too low by
+log(1 + 2 z log Z).
 """
 
 from __future__ import annotations
@@ -24,24 +28,36 @@ from torch import Tensor
 
 from mda_lightning.training_taps import kept_of
 
-# How far two columns may differ in a sample's mean loss, in nats: rounding, and what a loss that
-# is not plain cross-entropy (label smoothing, say) makes of them.
-_AGREEMENT = {torch.float64: 1e-3, torch.float32: 1e-3}
-_LOW_PRECISION_AGREEMENT = 0.1
+#: Where the gradient of the logits is in one of these, else in low precision.
+_PRECISE = (torch.float64, torch.float32)
+# How far two columns may differ in a position, in nats, on average over a sample; in low precision
+# also in their mean, beyond 3 standard errors: rounding leaves it near 0, another loss does not.
+_AGREEMENT, _LOW_PRECISION_AGREEMENT, _LOW_PRECISION_BIAS = 1e-3, 0.1, 0.003
+# How far the positions of a sample may be from one scale, on average.
+_UNIFORM, _LOW_PRECISION_UNIFORM = 0.01, 0.05
+# How well a scale is known.
+_UNCERTAINTY, _LOW_PRECISION_UNCERTAINTY = 1e-3, 0.02
 #: Logits in float32 at once, in numbers (32 MiB).
 _CHUNK_NUMBERS = 2**23
+_IGNORED = -100
 
 
 class LogitLoss(NamedTuple):
     """What a batch's gradient says of its loss.
 
     Attributes:
-        loss: [B], mean cross-entropy over the positions, in nats; NaN where it cannot be read.
-        scale: [B], mean over the positions of what their loss was multiplied by.
+        loss: [B], mean cross-entropy over the positions that count, in nats; NaN where it cannot be
+            read, or none counts.
+        scale: [B], what the loss of each of them was multiplied by; NaN where it cannot be read or
+            is not the same for all.
+        counted: int64 [B], how many positions count: those with a gradient.
+        uncertainty: of a scale, relative.
     """
 
     loss: Tensor
     scale: Tensor
+    counted: Tensor
+    uncertainty: float
 
 
 def read_columns(logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,7 +65,7 @@ def read_columns(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: T' is T, or more where the step also predicts past the last label.
-        labels: int64 [B, T].
+        labels: int64 [B, T]; below 0 where there is none.
     """
     kept = kept_of(logits)
     count = kept.shape[-1] - 1
@@ -57,7 +73,8 @@ def read_columns(logits: Tensor, labels: Tensor) -> Tensor:
     kept[..., 1:] = logits[..., : count * apart : apart]
     length = labels.shape[1]
     kept[:, length:, 0] = 0.0
-    kept[:, :length, 0] = logits[:, :length].gather(2, labels[..., None])[..., 0].to(kept.dtype)
+    place = labels.clamp_min(0)[..., None]
+    kept[:, :length, 0] = logits[:, :length].gather(2, place)[..., 0].to(kept.dtype)
     return kept
 
 
@@ -69,19 +86,35 @@ def loss_from_gradient(kept: Tensor, delta: Tensor, labels: Tensor) -> LogitLoss
         delta: ∂(training loss)/∂logits [B, T', V].
         labels: int64 [B, T].
     """
-    length = labels.shape[1]
+    length, precise = labels.shape[1], delta.dtype in _PRECISE
     logits, gradient = kept[:, :length], read_columns(delta, labels)[:, :length]
+    counted = (gradient != 0).any(-1)  # also where it is NaN
     of_label, of_others = logits[..., :1], logits[..., 1:]
     # The label's own column, where it is among the others, has a gradient below 0.
     high, place = gradient[..., 1:].topk(2, dim=-1)
     ahead = of_label - of_others.gather(2, place)
-    scale = ahead.exp() * high - gradient[..., :1]
-    each = scale.log() - high.log() - ahead
-    apart = (each[..., 0] - each[..., 1]).abs().mean(1)
-    loss = each[..., 0].mean(1)
-    limit = _AGREEMENT.get(delta.dtype, _LOW_PRECISION_AGREEMENT)
-    readable = torch.isfinite(loss) & (apart <= limit)
-    return LogitLoss(torch.where(readable, loss, torch.nan), scale[..., 0].mean(1))
+    scales = ahead.exp() * high - gradient[..., :1]
+    each = scales.log() - high.log() - ahead
+    # Without a label there is no cross-entropy, whatever gradient there is.
+    read = counted & torch.isfinite(each).all(-1) & (labels >= 0)
+    n_counted, n_read = counted.sum(1), read.sum(1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(read, values, 0.0).sum(1) / n_read
+
+    difference = each[..., 0] - each[..., 1]
+    agree = mean(difference.abs()) <= (_AGREEMENT if precise else _LOW_PRECISION_AGREEMENT)
+    if not precise:
+        error = (mean(difference.square()) / n_read).sqrt()
+        agree &= mean(difference).abs() <= _LOW_PRECISION_BIAS + 3 * error
+    loss = torch.where(agree & (n_read == n_counted), mean(each[..., 0]), torch.nan)
+    # A tiny probability may have no gradient in low precision; most positions tell the scale.
+    scale = torch.where(read, scales[..., 0], torch.nan).nanmedian(1).values
+    spread = mean((scales[..., 0] / scale[:, None] - 1).abs())
+    uniform = spread <= (_UNIFORM if precise else _LOW_PRECISION_UNIFORM)
+    scale = torch.where(agree & uniform & (2 * n_read > n_counted), scale, torch.nan)
+    uncertainty = _UNCERTAINTY if precise else _LOW_PRECISION_UNCERTAINTY
+    return LogitLoss(loss, scale, n_counted, uncertainty)
 
 
 def direct_loss(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
@@ -89,7 +122,7 @@ def direct_loss(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
 
     Args:
         logits: [B, T', V].
-        labels: int64 [B, T].
+        labels: int64 [B, T]; below 0 where there is none, which is left out.
         rows: int64 [n].
     """
     step = max(1, _CHUNK_NUMBERS // logits.shape[-1])
@@ -98,5 +131,6 @@ def direct_loss(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         for first in range(0, labels.shape[1], step):
             own = labels[row, first : first + step]
             chunk = logits[row, first : first + len(own)].float()
-            total[place] += F.cross_entropy(chunk, own, reduction="sum")
-    return total / labels.shape[1]
+            own = own.masked_fill(own < 0, _IGNORED)
+            total[place] += F.cross_entropy(chunk, own, ignore_index=_IGNORED, reduction="sum")
+    return total / (labels[rows] >= 0).sum(1)

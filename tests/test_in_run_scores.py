@@ -175,20 +175,73 @@ def test_a_loss_that_is_something_else_is_not_read() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 30, 50, generator=generator)
     labels = torch.randint(0, 50, (2, 30), generator=generator)
-    ignored = labels.clone()
-    ignored[:, 3:5] = -100
     losses = {
         "label smoothing": lambda x: F.cross_entropy(
             x.flatten(0, 1), labels.flatten(), label_smoothing=0.1
         ),
-        "ignored positions": lambda x: F.cross_entropy(x.flatten(0, 1), ignored.flatten()),
         "squares": lambda x: x.square().mean(),
         "nothing": lambda x: 0.0 * x.sum(),
     }
     for name, loss in losses.items():
         values, gradient = differentiated(logits, loss)
         found = loss_from_gradient(read_columns(values, labels), gradient, labels)
-        assert found.loss.isnan().all(), name
+        assert found.loss.isnan().all() and found.scale.isnan().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_that_do_not_count_are_left_out(dtype: torch.dtype) -> None:
+    """Ignored by the loss, or without a label at all; a sample may have none that counts."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(4, 60, 50, generator=generator) * 2).to(dtype)
+    labels = torch.randint(0, 50, (4, 60), generator=generator)
+    labels[0, 40:] = -1
+    ignored = labels.clone()
+    ignored[0, 40:], ignored[1, ::3], ignored[2] = -100, -100, -100
+
+    values, gradient = differentiated(
+        logits, lambda x: F.cross_entropy(x.float().flatten(0, 1), ignored.flatten())
+    )
+    found = loss_from_gradient(read_columns(values, labels), gradient, labels)
+    assert found.counted.tolist() == [40, 40, 0, 60]
+    each = F.cross_entropy(logits.float().transpose(1, 2), ignored, reduction="none")
+    expected = each.sum(1) / found.counted
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+    torch.testing.assert_close(found.loss, expected, rtol=tolerance, atol=0, equal_nan=True)
+    scale = torch.tensor([1 / 140, 1 / 140, torch.nan, 1 / 140])
+    torch.testing.assert_close(found.scale, scale, rtol=tolerance, atol=0, equal_nan=True)
+
+
+def test_another_loss_is_not_read_from_low_precision_either() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 500, 60, generator=generator).bfloat16()
+    labels = torch.randint(0, 60, (3, 500), generator=generator)
+    for smoothing in (0.1, 0.05):
+        values, gradient = differentiated(
+            logits,
+            lambda x, s=smoothing: F.cross_entropy(
+                x.float().flatten(0, 1), labels.flatten(), label_smoothing=s
+            ),
+        )
+        found = loss_from_gradient(read_columns(values, labels), gradient, labels)
+        assert found.loss.isnan().all(), smoothing
+
+
+def test_a_term_of_the_normaliser_leaves_the_scale() -> None:
+    """And the loss too low by log(1 + 2 z log Z), as the documentation says."""
+    generator = torch.Generator().manual_seed(0)
+    logits, z = torch.randn(2, 30, 50, generator=generator), 1e-3
+    labels = torch.randint(0, 50, (2, 30), generator=generator)
+
+    def loss(x: Tensor) -> Tensor:
+        plain = F.cross_entropy(x.flatten(0, 1), labels.flatten())
+        return plain + z * x.logsumexp(-1).square().mean()
+
+    values, gradient = differentiated(logits, loss)
+    found = loss_from_gradient(read_columns(values, labels), gradient, labels)
+    torch.testing.assert_close(found.scale, torch.full((2,), 1 / 60), rtol=1e-5, atol=0)
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    each -= torch.log1p(2 * z * logits.logsumexp(-1))
+    torch.testing.assert_close(found.loss, each.mean(1), rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_of_masked_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +249,12 @@ def test_the_loss_of_masked_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 31, 50, generator=generator)
     labels = torch.randint(0, 50, (4, 30), generator=generator)
+    labels[0, 25:] = -1
     found = direct_loss(logits, labels, torch.tensor([2, 0]))
-    each = F.cross_entropy(logits[:, :30].transpose(1, 2), labels, reduction="none").mean(1)
-    torch.testing.assert_close(found, each[[2, 0]])
+    each = F.cross_entropy(
+        logits[:, :30].transpose(1, 2), labels, reduction="none", ignore_index=-1
+    )
+    torch.testing.assert_close(found, torch.stack([each[2].mean(), each[0, :25].mean()]))
 
 
 # -- what does not fit -----------------------------------------------------------------------------

@@ -97,7 +97,8 @@ class InfluenceScoring(pl.Callback):
         sample_id_key, tokens_key, weight_key: names in the batch; tokens_key None takes ``tokens``
             or ``input_ids``.
         loss_reduction: how the training loss is made of token losses: their mean over the batch
-            ("mean"), or their sum ("sum"). A warning says where the gradient tells otherwise.
+            ("mean"), or their sum ("sum"). Where the gradient tells otherwise (labels are ignored,
+            say), that is what counts, and a warning says so.
         model: dotted name of the language model inside the LightningModule; None finds the one.
         token_ids: as for UnitMonitor.
         folder: where to write; None is the monitor's folder, or ``mda/`` in the logger's.

@@ -31,7 +31,8 @@ class BatchFields:
 
     Attributes:
         sample_id: stable integer ids [B].
-        tokens: token ids [B, T+1], the inputs of all positions and the last one's label.
+        tokens: token ids [B, T+1], the inputs of all positions and the last one's label; a sequence
+            that is shorter is filled up on the right, with any id below 0 or of a token.
         weight: weights [B] of the samples in the loss; a batch without it has weight 1 throughout.
     """
 
@@ -46,6 +47,21 @@ class BatchFields:
             MissingFieldError: the batch lacks the sample ids or the tokens.
         """
         return HeldBatch(self.read_ids(batch), self.read_tokens(batch), self.read_weights(batch))
+
+    def check(self, batch: Any) -> None:
+        """Refuse a batch that cannot be scored; it waits for the device, so not for every step.
+
+        Raises:
+            MissingFieldError: as for :meth:`read`.
+            ValueError: the batch is filled up on the left.
+        """
+        tokens = self.read(batch).tokens
+        there = tokens >= 0
+        if bool((there[:, 1:] & ~there[:, :-1]).any()):
+            raise ValueError(
+                f"the batch has a token id {int(tokens.min())} before real ones; fill sequences up "
+                "on the right, or with a token of the vocabulary that the loss ignores"
+            )
 
     def read_ids(self, batch: Any) -> Tensor:
         """int64 [B] on the CPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import describe
 from mda_lightning.curvature import CurvatureError
 from mda_lightning.gradients import BlockVector
-from mda_lightning.in_run_scores import TrainingStepScorer
+from mda_lightning.in_run_scores import StepScores, TrainingStepScorer
 from mda_lightning.inverse_probes import (
     CurvatureSettings,
     InverseProbes,
@@ -31,13 +31,25 @@ class BatchScores(NamedTuple):
         values: by mechanism, float32 [B, U, K]; NaN where they are not finite, and for samples of
             weight 0.
         loss: float32 [B].
-        scale_ratio: by how much the loss was scaled, over what was expected, median over the
-            samples whose loss could be read; NaN without any.
+        scale: what became of the loss's scale.
     """
 
     values: dict[str, Tensor]
     loss: Tensor
-    scale_ratio: float
+    scale: LossScale
+
+
+class LossScale(NamedTuple):
+    """By how much more a position was weighted in the loss than was expected.
+
+    Attributes:
+        ratio: median over the samples; NaN where none could be read.
+        kind: "expected" where that is what was read, or nothing was to be scored; "measured" where
+            it was something else, by which scores are then divided; "unread".
+    """
+
+    ratio: float
+    kind: Literal["expected", "measured", "unread"]
 
 
 class InRunScorer:
@@ -146,7 +158,8 @@ class InRunScorer:
         Args:
             tokens, weights: as given to :meth:`start`; a sample of weight 0 left no gradient, so
                 its score is NaN.
-            factor: what the loss must be multiplied by to become the sum over all positions.
+            factor: what the loss is expected to have to be multiplied by to become the sum over all
+                positions that count. Where the gradient says otherwise, that is what is used.
         """
         scale = torch.full((len(tokens),), factor, device=tokens.device)
         if weights is not None:
@@ -155,17 +168,35 @@ class InRunScorer:
         found = self._step.collect_all(scale)
         if found is None:
             return None
+        ratio, loss_scale = _ratio(found, scale)
         # An overflow under fp16 leaves inf, which would be sorted to the top.
         values = {
             name: torch.where(torch.isfinite(one), one, torch.nan).cpu()
-            for name, one in found.values.items()
+            for name, one in (found.values if ratio is None else found.scaled(1 / ratio)).items()
         }
-        ratio = (found.scale * scale.to(found.scale))[torch.isfinite(found.loss)].cpu()
-        ratio = ratio[torch.isfinite(ratio)]
-        return BatchScores(
-            values, found.loss.cpu(), float(ratio.median()) if len(ratio) else float("nan")
-        )
+        return BatchScores(values, found.loss.cpu(), loss_scale)
 
     def remove(self) -> None:
         """Take every hook off; may be called more than once."""
         self._step.remove()
+
+
+def _ratio(found: StepScores, expected: Tensor) -> tuple[Tensor | None, LossScale]:
+    """Each sample's scale over the expected one [B], or None where scores stay as they are.
+
+    Args:
+        expected: [B], one over the scale; NaN for samples of weight 0.
+    """
+    finite = [torch.isfinite(one).flatten(1).any(1) for one in found.values.values()]
+    trained = torch.isfinite(expected) & (found.counted != 0) & torch.stack(finite).any(0)
+    each = torch.where(trained, found.scale * expected.to(found.scale), torch.nan)
+    read = each[torch.isfinite(each)].cpu()
+    if not len(read):
+        return None, LossScale(float("nan"), "unread" if bool(trained.any()) else "expected")
+    ratio, limit = float(read.median()), found.uncertainty
+    if bool(((read - 1).abs() <= limit).all()):
+        return None, LossScale(ratio, "expected")
+    if bool(((read / ratio - 1).abs() <= limit).all()):
+        return torch.full_like(each, ratio), LossScale(ratio, "measured")
+    # Of a sample whose own cannot be read, the batch's.
+    return torch.where(torch.isfinite(each), each, ratio), LossScale(ratio, "measured")

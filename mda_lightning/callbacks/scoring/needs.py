@@ -153,11 +153,11 @@ def to_summed_loss(
 
     Args:
         trainer: its gradient accumulation divides the loss, and its scaler multiplies it.
-        tokens: the batch [B, T+1].
+        tokens: the batch [B, T+1]; below 0 where it is filled up.
         reduction: how the loss is made of token losses.
     """
     factor = float(trainer.accumulate_grad_batches)
     if reduction == "mean":
-        factor *= len(tokens) * (tokens.shape[1] - 1)
+        factor *= int((tokens[:, 1:] >= 0).sum())
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return factor if scaler is None else factor / float(scaler.get_scale())

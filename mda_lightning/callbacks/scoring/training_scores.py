@@ -38,8 +38,6 @@ from mda_lightning.store import ScoreRows, ScoreWriter
 from mda_lightning.units import Head
 from mda_lightning.window import Phase
 
-_SCALE_TOLERANCE = 0.05
-
 
 @dataclass
 class Scored:
@@ -94,7 +92,8 @@ class TrainingScores:
         self._batch: HeldBatch | None = None  # the one that is being listened to
         self._listening_for: tuple[str, ...] = ()
         # Of this fit. The first batch and the first backward are checked before a window opens.
-        self._checked_batch = self._checking_backward = self._told_scale = False
+        self._checked_batch = self._checking_backward = False
+        self._told_scale: set[str] = set()
 
     # -- state --------------------------------------------------------------------------------
 
@@ -132,7 +131,8 @@ class TrainingScores:
         """
         self._model, self._units, self._folder = model, list(units), folder
         self._scored = list(scored)
-        self._checked_batch = self._checking_backward = self._told_scale = False
+        self._checked_batch = self._checking_backward = False
+        self._told_scale = set()
         for one in self._scored:
             if not is_rehearsal(trainer) and scores_folder(folder, one.mechanism).exists():
                 self._writer(trainer, one).discard_from(trainer.global_step)
@@ -154,7 +154,7 @@ class TrainingScores:
             self._scorer.remove()
             return
         if not self._checked_batch:
-            fields.read(batch)
+            fields.check(batch)
             self._checked_batch = True
             if not active:
                 self._checking_backward = True
@@ -280,17 +280,27 @@ class TrainingScores:
         log_scalars(trainer, module, scalars, step=step, monitorable=True)
 
     def _check_scale(self, found: BatchScores, step: int) -> None:
-        ratio = found.scale_ratio
-        if self._told_scale or not abs(ratio - 1) > _SCALE_TOLERANCE:  # NaN: it cannot be read
+        scale = found.scale
+        if scale.kind in self._told_scale or scale.kind == "expected":
             return
-        self._told_scale = True
-        warnings.warn(
-            f"at step {step} the training loss weighs a position {ratio:.3g} times as much as "
-            f"loss_reduction={self._settings.loss_reduction!r} and the samples' weights say, so "
-            "scores are too large by that factor; give the reduction and the weight that the loss "
-            "has",
-            stacklevel=2,
-        )
+        self._told_scale.add(scale.kind)
+        reduction = self._settings.loss_reduction
+        if scale.kind == "unread":
+            told = (
+                f"at step {step} the gradient of the logits does not tell how the training loss is "
+                f"scaled (it is not a plain cross-entropy of all positions alike, or never forms "
+                f"logits). Scores go by loss_reduction={reduction!r} and the samples' weights "
+                "alone; they are too large or too small if the loss has others"
+            )
+        else:
+            told = (
+                f"at step {step} the training loss weighs a position {scale.ratio:.3g} times as "
+                f"much as loss_reduction={reduction!r} and the samples' weights say (labels that "
+                "are ignored do that; it may vary from step to step). Scores are divided by the "
+                "scale that is read from the gradient, and are of the sum over the positions "
+                "that count"
+            )
+        warnings.warn(f"{told}. This is said once a fit", stacklevel=2)
 
     def _finish(self, trainer: pl.Trainer, one: Scored, n_not_finite: int) -> None:
         when = self._settings.when
