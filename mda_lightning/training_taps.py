@@ -50,8 +50,8 @@ class TrainingTaps:
 
     Nothing is kept past the backward, and neither outputs nor gradients are changed. While
     ``listening`` is False the hooks do nothing, so that probing the same model is not taken for
-    training. A model that is compiled must not have been run before the hooks are on it: compiled
-    code does not know hooks that come later.
+    training; nor is a deep copy of it, unless the copy is compiled. A model that is compiled must
+    not have been run before the hooks are on it: compiled code does not know hooks that come later.
 
     Args:
         model: the model that holds the layers.
@@ -74,12 +74,13 @@ class TrainingTaps:
         # A leaf of its own: what makes compiled code run the taps in its backward is that they
         # yield this tensor's gradient, which is zero.
         ticket = torch.zeros(1, device=next(model.parameters()).device, requires_grad=True)
-        self._handles = [
-            model.get_submodule(name).register_forward_hook(_layer_hook(self._number, name, ticket))
-            for name in dict.fromkeys(names)
-        ]
+        self._handles = []
+        for name in dict.fromkeys(names):
+            layer = model.get_submodule(name)
+            hook = _layer_hook(self._number, name, ticket, weakref.ref(layer))
+            self._handles.append(layer.register_forward_hook(hook))
         if unembedding is not None:
-            hook = _logits_hook(self._number, ticket)
+            hook = _logits_hook(self._number, ticket, weakref.ref(unembedding))
             self._handles.append(unembedding.register_forward_hook(hook))
 
     @property
@@ -115,7 +116,8 @@ def unheard() -> Iterator[None]:
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
 
-def _layer_hook(number: int, name: str, ticket: Tensor) -> Hook:
+# A deep copy of a model (a teacher, a moving average) has its hooks, but not its compiled code.
+def _layer_hook(number: int, name: str, ticket: Tensor, own: weakref.ref[nn.Module]) -> Hook:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not _listening[number] or not torch.is_grad_enabled() or not output.requires_grad:
             return None
@@ -123,6 +125,8 @@ def _layer_hook(number: int, name: str, ticket: Tensor) -> Hook:
         if torch.compiler.is_compiling():
             passed: Tensor = _PassLayer.apply(output, x, ticket, number, name)  # type: ignore[no-untyped-call]
             return passed
+        if module is not own():
+            return None
         held = [_Hold.apply(ticket, x).grad_fn]  # type: ignore[no-untyped-call]
 
         def arrived(delta: Tensor) -> None:
@@ -136,13 +140,15 @@ def _layer_hook(number: int, name: str, ticket: Tensor) -> Hook:
     return hook
 
 
-def _logits_hook(number: int, ticket: Tensor) -> Hook:
+def _logits_hook(number: int, ticket: Tensor, own: weakref.ref[nn.Module]) -> Hook:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not _listening[number] or not torch.is_grad_enabled() or not output.requires_grad:
             return None
         if torch.compiler.is_compiling():
             passed: Tensor = _PassLogits.apply(output, ticket, number)  # type: ignore[no-untyped-call]
             return passed
+        if module is not own():
+            return None
         held = [_look_at_logits(output.detach(), number)]
 
         def arrived(delta: Tensor) -> None:

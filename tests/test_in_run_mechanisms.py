@@ -149,6 +149,14 @@ def test_a_sample_that_is_not_finite_is_named_and_counted(tmp_path: Path) -> Non
         assert 1009 not in table.top("L1H1", count=15)
 
 
+def test_what_is_not_finite_is_counted_anew_in_every_fit(tmp_path: Path) -> None:
+    callback = scoring()
+    with pytest.warns(UserWarning, match="at step 2"):
+        score(tmp_path / "first", BreaksDown(), callback, max_steps=4)
+    table = score(tmp_path / "second", StillModule(), callback, max_steps=4)
+    assert table.provenance["n_not_finite"] == table.n_not_finite == 0
+
+
 def test_units_without_a_probe_gradient_are_named(tmp_path: Path) -> None:
     class OneHead(type(PREVIOUS)):
         """f does not depend on L0H0."""
@@ -184,6 +192,64 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     score(tmp_path, StillModule(), scoring(), max_steps=1)
     with pytest.raises(ValueError, match="holds a score table and cannot take up units"):
         fit(StillModule(), [scoring(units=["L0H1"])], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"damping": -1.0}, "damping -1.0"),
+        ({"damping": float("nan")}, "damping nan"),
+        ({"seed": -1}, "seed=-1"),
+        ({"units": []}, "names no head"),
+        ({"units": ["L0H0", "L1H1", "L0H0"]}, "names L0H0 more than once"),
+        ({"units": "L0H0"}, r"units='L0H0'.*\['L0H0'\]"),
+        ({"units": "target"}, "known only afterwards"),
+        ({"estimator": "inrun"}, "one of 'in_run', 'replay'"),
+        ({"loss_reduction": "none"}, "one of 'mean', 'sum'"),
+        ({"curvature": "diagonal"}, "one of 'ekfac', 'kfac', 'identity'"),
+        ({"fisher": "true"}, "one of 'sampled', 'empirical'"),
+        ({"active": "never"}, "'window', 'always'"),
+        ({"refresh_every": 0}, "refresh_every=0"),
+        ({"n_curvature": "auto"}, "n_curvature='auto'.* in replay"),
+        ({"estimator": "replay", "active": "always"}, "active='always' is for estimator='in_run'"),
+        (
+            {"estimator": "replay", "active": "window", "curvature_set": "corpus"},
+            "curvature_set is for estimator='in_run'",
+        ),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused_at_once(
+    settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        scoring(**settings)
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "settings", "said"),
+    [
+        (replace(INDUCTION, token_ids=tuple(range(1, 500))), {}, "not in the model's vocabulary"),
+        (replace(INDUCTION, token_ids=tuple(range(1, 9))), {}, "too few"),
+        (
+            replace(INDUCTION, length=(40, 45), repeats=50, token_ids=tuple(range(1, 48))),
+            {},
+            "longer than the model's context",
+        ),
+        (INDUCTION, {"curvature_set": torch.full((8, 17), 900)}, "curvature_set: token id 900"),
+        (INDUCTION, {"curvature_set": torch.tensor([[1, 2, -1, 4]] * 8)}, "before real ones"),
+    ],
+)
+def test_what_a_model_cannot_read_is_refused_before_the_first_step(
+    tmp_path: Path, mechanisms: Any, settings: dict[str, Any], said: str
+) -> None:
+    """Long before it is needed."""
+
+    class Untrained(StillModule):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+            raise AssertionError("a step was taken")
+
+    with pytest.raises(ValueError, match=said):
+        fit(Untrained(), [scoring(mechanisms, active=(50, 60), **settings)], tmp_path)
 
 
 # -- two processes ---------------------------------------------------------------------------------

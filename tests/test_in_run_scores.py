@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -126,6 +127,24 @@ def test_what_follows_may_write_into_the_layers_outputs(tokens: Tensor) -> None:
     assert found is not None
     scale = float(expected.values.abs().max())
     torch.testing.assert_close(found.values[""], expected.values, rtol=0, atol=1e-5 * scale)
+
+
+def test_a_deep_copy_is_not_heard(tokens: Tensor) -> None:
+    """A teacher, say, whose backward passes in the same step."""
+    model = random_neox().train()
+    expected = replay_scores(model, probe_gradients(model, INDUCTION, UNITS), [tokens])
+    scorer = scorer_of(model)
+    teacher = copy.deepcopy(model)
+    scorer.start(tokens)
+    step_loss(teacher, tokens).backward()
+    assert scorer.collect_all(1.0) is None
+    scorer.start(tokens)
+    (step_loss(model, tokens) + 3.0 * step_loss(teacher, tokens[:2])).backward()
+    found = scorer.collect_all(float(tokens[:, 1:].numel()))
+    assert found is not None
+    scale = float(expected.values.abs().max())
+    torch.testing.assert_close(found.values[""], expected.values, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 # -- the loss --------------------------------------------------------------------------------------

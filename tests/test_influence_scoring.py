@@ -169,6 +169,15 @@ def test_replay_scores_the_window_at_its_checkpoints(tmp_path: Path, edges: list
         assert got[sample] == pytest.approx(value, rel=1e-3, abs=1e-4 * scale)
 
 
+def test_replay_takes_as_many_curvature_sequences_as_it_takes(tmp_path: Path) -> None:
+    data = TokenDataModule(corpus(tmp_path), batch_size=8, n_steps=48, seed=2)
+    run = watched(tmp_path, estimator="replay", replay_at=["mid"], n_curvature="auto")
+    fit(StrangersModule(), run, tmp_path, data=data, max_steps=48)
+    provenance = ScoreTable.open(tmp_path / "scores").provenance
+    tried = [n for n, _ in provenance["convergence"]]
+    assert tried[0] == 64 and provenance["n_sequences"] >= tried[-1]
+
+
 @pytest.mark.parametrize("estimator", ["in_run", "replay"])
 def test_without_a_window_nothing_is_written_and_it_says_so(tmp_path: Path, estimator: str) -> None:
     data = TokenDataModule(corpus(tmp_path), batch_size=4, n_steps=30)
@@ -230,6 +239,43 @@ def test_recent_sequences_are_the_newest_that_counted() -> None:
     again = RecentSequences(5)
     again.restore(recent.state())
     assert torch.cat(again.batches())[:, 0].tolist() == held
+
+
+def test_a_checkpoint_while_nothing_counts(tmp_path: Path) -> None:
+    """All of the recent samples are masked; what follows is scored as if it had come first."""
+
+    class Masked(Rows):
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return super().__getitem__(i) | {"weight": float(i >= 12)}
+
+    def weighted(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(tokens))
+
+    recent = RecentSequences(8)
+    recent.add(torch.ones(4, 5, dtype=torch.int64), weighted(torch.ones(4)))
+    again = RecentSequences(8)
+    again.restore(recent.state())
+    assert recent.state() is None and again.n_held == 0
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    one = scoring(active=(1, 6))
+    fit(
+        StillModule(),
+        [one, saver],
+        tmp_path,
+        data=Masked(64),
+        max_steps=5,
+        enable_checkpointing=True,
+    )
+    table = ScoreTable.open(tmp_path / "mda" / "scores")
+    tokens = Rows(64).tokens[12:20]
+    assert_close(values_of(table)[-8:], expected_scores(tokens, tokens[:4])[0])
+
+
+def test_once_all_is_over_no_batch_is_kept(tmp_path: Path) -> None:
+    one = scoring(active=(1, 3))
+    fit(StillModule(), [one], tmp_path, data=Rows(64), max_steps=8)
+    held = one.state_dict()["recent"]
+    torch.testing.assert_close(held.long(), Rows(64).tokens[8:12])  # of step 2, the last scored
 
 
 def test_a_stranger_needs_three_lines(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from models import random_neox
 
+from mda_lightning.callbacks import window_replay
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.influence import ReplayScorer
 from mda_lightning.inverse_probes import CurvatureSettings
@@ -47,9 +50,9 @@ def replay(tmp_path):
             data,
             mechanism=COPYING,
             units=[Head(0, 1), Head(1, 0)],
-            n_curvature=6,
+            n_curvature=settings.pop("n_curvature", 6),
             batch_size=settings.pop("batch_size", 2),
-            settings=CurvatureSettings(),
+            settings=settings.pop("settings", CurvatureSettings()),
             work=tmp_path / folder,
             **settings,
         )
@@ -108,3 +111,34 @@ def test_progress_counts_every_checkpoint(replay) -> None:
     told = []
     replay("work", progress=lambda where, done, total: told.append((where, done, total)))
     assert told[0] == ("step 100", 2, 18) and told[-1] == ("step 200", 18, 18)
+
+
+def test_masked_samples_are_no_part_of_the_window() -> None:
+    class Stream:
+        def batch(self, step):
+            ids = np.arange(3) + 10 * step
+            return SimpleNamespace(sample_ids=ids, weights=np.array([1.0, 0.0, 0.5]))
+
+    data = WindowData.read(_Tokens(), Stream(), start=1, end=3)
+    assert data.sample_id.tolist() == [10, 12, 20, 22]
+    assert data.step.tolist() == [1, 1, 2, 2]
+
+
+def test_as_many_curvature_sequences_as_it_takes(replay, monkeypatch) -> None:
+    """Offered in a random order, which is the same for every checkpoint, rank and call."""
+    offered = []
+    whole = window_replay.inverse_probes
+
+    def told(model, mechanisms, units, batches, settings):
+        offered.append(torch.cat(list(batches)))
+        return whole(model, mechanisms, units, batches, settings)
+
+    monkeypatch.setattr(window_replay, "inverse_probes", told)
+    settings = CurvatureSettings(tolerance=0.5, seed=3)
+    with pytest.warns(UserWarning, match="all 9 sequences given and has not converged"):
+        replay("work", settings=settings, n_curvature=1024)
+        replay("again", settings=settings, n_curvature=1024, rank=1, world_size=2)
+    assert len(offered) == 4 and all(torch.equal(one, offered[0]) for one in offered)
+    unshuffled = torch.from_numpy(_Tokens.tokens[[7, 3, 28, 11, 0, 19, 25, 14, 2]])
+    assert not torch.equal(offered[0], unshuffled)
+    assert sorted(offered[0].tolist()) == sorted(unshuffled.tolist())

@@ -25,9 +25,9 @@ from mda_lightning.callbacks.scoring.curvature_data import CurvatureSet
 from mda_lightning.callbacks.scoring.needs import (
     Estimator,
     check_alone,
+    check_arguments,
     check_names,
     check_not_wrapped,
-    check_replay,
     check_setup,
     monitor_before,
     window_before,
@@ -51,6 +51,9 @@ from mda_lightning.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head, parse_unit
 from mda_lightning.window import Edge
+
+# Of n_curvature="auto".
+_TOLERANCE, _MOST_CURVATURE = 0.98, 1024
 
 
 class InfluenceScoring(pl.Callback):
@@ -85,7 +88,8 @@ class InfluenceScoring(pl.Callback):
             first warning on; always; or in steps [first, last).
         units: heads such as ``["L1H2"]``, "all", or "target": the window's own targets (replay).
         refresh_every: steps between refreshes of curvature and probe gradient (in_run).
-        n_curvature: sequences that the curvature is estimated on.
+        n_curvature: sequences that the curvature is estimated on. "auto" (replay) takes as many, up
+            to 1,024, as it takes until scores correlate to 0.98 with those of half as many.
         curvature_set: what these are drawn from, evenly spread (in_run): a corpus folder, its
             TokenRows, or token ids [N, T+1], the same on all ranks; None takes the latest that were
             trained on.
@@ -104,8 +108,8 @@ class InfluenceScoring(pl.Callback):
         folder: where to write; None is the monitor's folder, or ``mda/`` in the logger's.
 
     Raises:
-        ValueError, UnsupportedTrainerError: at ``setup`` or before the first step, for what cannot
-            work; at the first scored step, where no gradient comes by.
+        ValueError, UnsupportedTrainerError: at once, at ``setup`` or before the first step, for
+            what cannot work; at the first scored step, where no gradient comes by.
         MissingFieldError: at the first batch, where it lacks the sample id or the tokens.
     """
 
@@ -117,7 +121,7 @@ class InfluenceScoring(pl.Callback):
         active: Active = "window",
         units: Sequence[str] | Literal["all", "target"] = "all",
         refresh_every: int = 200,
-        n_curvature: int = 128,
+        n_curvature: int | Literal["auto"] = 128,
         curvature_set: CurvatureSet | None = None,
         curvature: Literal["ekfac", "kfac", "identity"] = "ekfac",
         fisher: Fisher = "sampled",
@@ -134,8 +138,23 @@ class InfluenceScoring(pl.Callback):
         folder: str | None = None,
     ) -> None:
         super().__init__()
-        if min(refresh_every, n_curvature, replay_batch_size or 1) < 1:
-            raise ValueError("refresh_every, n_curvature and replay_batch_size are at least 1")
+        # As many as it takes, in replay.
+        tolerance = _TOLERANCE if n_curvature == "auto" else None
+        self._curvature = CurvatureSettings(curvature, fisher, damping, seed, tolerance=tolerance)
+        check_arguments(
+            estimator=estimator,
+            units=units,
+            active=active,
+            replay_at=replay_at,
+            has_curvature_set=curvature_set is not None,
+            counts={
+                "refresh_every": refresh_every,
+                "n_curvature": n_curvature,
+                "replay_batch_size": replay_batch_size,
+            },
+            loss_reduction=loss_reduction,
+            curvature=self._curvature,
+        )
         self.estimator = estimator
         self.folder: Path | None = None
         self._former_folder: str | None = None  # of the run that is resumed
@@ -150,9 +169,7 @@ class InfluenceScoring(pl.Callback):
         self._unit_names: tuple[str, ...] | None = (
             None if isinstance(units, str) else tuple(str(parse_unit(unit)) for unit in units)
         )
-        self._curvature = CurvatureSettings(curvature, fisher, damping, seed)
-        self._n_curvature = n_curvature
-        check_replay(replay_at, only_target=units == "target", estimator=estimator)
+        self._n_curvature = _MOST_CURVATURE if n_curvature == "auto" else n_curvature
         self._replay_at = tuple(replay_at)
         self._only_target = units == "target"
         self._replay_batch_size = replay_batch_size
@@ -163,7 +180,7 @@ class InfluenceScoring(pl.Callback):
                 fields=BatchFields(sample_id_key, tokens_key, weight_key),
                 loss_reduction=loss_reduction,
                 refresh_every=refresh_every,
-                n_curvature=n_curvature,
+                n_curvature=self._n_curvature,
                 curvature_set=curvature_set,
                 batch_size=replay_batch_size or 32,
                 curvature=self._curvature,
@@ -234,6 +251,9 @@ class InfluenceScoring(pl.Callback):
                 by_window=self._when.by_window,
                 window=one.window,
             )
+            one.mechanism.check(self._model)
+        if self.estimator == "in_run":
+            self._training.check(self._model)
         if trainer.global_step == 0:
             # A checkpoint's state, if there is one, is loaded after this.
             self._training.forget()

@@ -133,7 +133,8 @@ def replay_window(
         checkpoints: edge of the window -> (step, path).
         data: the samples.
         mechanism, units: whose f is scored, and which heads.
-        n_curvature: sequences, evenly spread over the window, for the curvature.
+        n_curvature: sequences, evenly spread over the window, for the curvature; at most so many
+            where the settings have a tolerance.
         batch_size: sequences at once; None takes as many as half of the free memory holds.
         settings: of the curvature.
         work: a folder for this; whoever calls removes it.
@@ -148,6 +149,8 @@ def replay_window(
     unique = np.unique(data.sample_id)
     own = unique[len(unique) * rank // world_size : len(unique) * (rank + 1) // world_size]
     curvature_ids = data.spread(n_curvature)
+    if settings.tolerance is not None:  # any beginning of it represents the window
+        curvature_ids = np.random.default_rng(settings.seed).permutation(curvature_ids)
     chunks: list[ChunkFolder] = []
     used: list[dict[str, Any]] = []
     found: InverseProbes | None = None

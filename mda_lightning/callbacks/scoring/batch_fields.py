@@ -56,8 +56,7 @@ class BatchFields:
             ValueError: the batch is filled up on the left.
         """
         tokens = self.read(batch).tokens
-        there = tokens >= 0
-        if bool((there[:, 1:] & ~there[:, :-1]).any()):
+        if filled_on_the_left(tokens):
             raise ValueError(
                 f"the batch has a token id {int(tokens.min())} before real ones; fill sequences up "
                 "on the right, or with a token of the vocabulary that the loss ignores"
@@ -101,6 +100,12 @@ class BatchFields:
         if self.weight not in _keys(batch):
             return None
         return torch.as_tensor(batch[self.weight]).detach().float()
+
+
+def filled_on_the_left(tokens: Tensor) -> bool:
+    """Whether an id below 0 stands before a token in any sequence of [B, T+1]."""
+    there = tokens >= 0
+    return bool((there[:, 1:] & ~there[:, :-1]).any())
 
 
 def _keys(batch: Any) -> list[str]:

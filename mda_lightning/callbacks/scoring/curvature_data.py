@@ -88,8 +88,9 @@ class RecentSequences:
         return [tokens for tokens in kept if len(tokens)]
 
     def state(self) -> Tensor | None:
-        """All of it as one tensor on the CPU."""
-        return torch.cat(self.batches()).cpu().to(torch.int32) if self._batches else None
+        """All of it as one tensor on the CPU; None where nothing counted."""
+        kept = self.batches() if self._batches else []
+        return torch.cat(kept).cpu().to(torch.int32) if kept else None
 
     def restore(self, tokens: Tensor | None) -> None:
         self._batches.clear()

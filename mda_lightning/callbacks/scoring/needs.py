@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -11,21 +11,70 @@ from torch import Tensor, nn
 from mda_lightning.callbacks.attachment import UnsupportedTrainerError, callbacks_before
 from mda_lightning.callbacks.critical_window import CriticalWindow
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
+from mda_lightning.curvature import Fisher, check_damping
+from mda_lightning.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
+from mda_lightning.units import parse_unit
 
 Estimator = Literal["in_run", "replay"]
 
 
-def check_replay(replay_at: Sequence[str], *, only_target: bool, estimator: Estimator) -> None:
-    """Refuse arguments that contradict each other.
+def check_arguments(
+    *,
+    estimator: str,
+    units: Sequence[str] | str,
+    active: object,
+    replay_at: Sequence[str],
+    has_curvature_set: bool,
+    counts: Mapping[str, int | str | None],
+    loss_reduction: str,
+    curvature: CurvatureSettings,
+) -> None:
+    """Refuse arguments that mean nothing or contradict each other.
+
+    Args:
+        counts: by name; None where it is not given.
 
     Raises:
-        ValueError: no or unknown checkpoints, or the target's scores before it is known.
+        ValueError: one is out of range or not among its choices, names a head twice, or is of the
+            other estimator.
     """
+    for name, value, choices in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("loss_reduction", loss_reduction, ("mean", "sum")),
+        ("curvature", curvature.kind, ("ekfac", "kfac", "identity")),
+        ("fisher", curvature.fisher, get_args(Fisher)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}")
+    in_run = estimator == "in_run"
+    for name, count in counts.items():
+        automatic = name == "n_curvature" and not in_run
+        if count is None or (automatic and count == "auto"):
+            continue
+        if isinstance(count, str) or count < 1:
+            hint = (", or 'auto' in replay" if in_run else ", or 'auto'") * (name == "n_curvature")
+            raise ValueError(f"{name}={count!r}: a number, at least 1{hint}")
+    check_damping(curvature.damping)
+    if curvature.seed < 0:
+        raise ValueError(f"seed={curvature.seed}: 0 or more")
     if not replay_at or set(replay_at) - {"start", "mid", "end"}:
         raise ValueError(f"replay_at={tuple(replay_at)}: one or more of 'start', 'mid', 'end'")
-    if only_target and estimator != "replay":
-        raise ValueError("units='target' is known only afterwards: use estimator='replay'")
+    if isinstance(units, str):
+        if units not in ("all", "target"):
+            raise ValueError(f"units={units!r}: 'all', 'target', or a list such as [{units!r}]")
+        if units == "target" and in_run:
+            raise ValueError("units='target' is known only afterwards: use estimator='replay'")
+    else:
+        named = [str(parse_unit(unit)) for unit in units]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if not named or twice:
+            what = f"{', '.join(twice)} more than once" if twice else "no head"
+            raise ValueError(f"units={list(units)} names {what}; name each to be scored once")
+    if not in_run and has_curvature_set:
+        raise ValueError("curvature_set is for estimator='in_run'; replay takes the window's own")
+    if not in_run and active != "window":
+        raise ValueError(f"active={active!r} is for estimator='in_run'; replay scores the window")
 
 
 def monitor_before(trainer: pl.Trainer, me: pl.Callback) -> UnitMonitor | None:

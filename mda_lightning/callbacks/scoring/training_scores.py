@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mda_lightning.architectures import describe
+from mda_lightning.architectures import check_token_ids, describe
 from mda_lightning.callbacks.attachment import UnsupportedTrainerError, is_rehearsal
 from mda_lightning.callbacks.critical_window import CriticalWindow
 from mda_lightning.callbacks.loggers import log_file, log_scalars
 from mda_lightning.callbacks.probe_scope import probe_scope
-from mda_lightning.callbacks.scoring.batch_fields import BatchFields, HeldBatch
+from mda_lightning.callbacks.scoring.batch_fields import (
+    BatchFields,
+    HeldBatch,
+    filled_on_the_left,
+)
 from mda_lightning.callbacks.scoring.curvature_data import (
     CurvatureSet,
     RecentSequences,
@@ -114,6 +118,21 @@ class TrainingScores:
         self._recent = RecentSequences(self._settings.n_curvature)
         self.refreshes, self._curvature = [], {}
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a fixed set of sequences that the model cannot read.
+
+        Raises:
+            ValueError: ids that it does not have, or no sequences.
+            FileNotFoundError: a folder without any.
+        """
+        for tokens in self._fixed_sequences() or []:
+            if filled_on_the_left(tokens):
+                raise ValueError("curvature_set has an id below 0 before real ones")
+            try:
+                check_token_ids(model, tokens.clamp_min(0))
+            except ValueError as error:
+                raise ValueError(f"curvature_set: {error}") from error
+
     # -- a fit --------------------------------------------------------------------------------
 
     def begin(
@@ -136,23 +155,20 @@ class TrainingScores:
         for one in self._scored:
             if not is_rehearsal(trainer) and scores_folder(folder, one.mechanism).exists():
                 self._writer(trainer, one).discard_from(trainer.global_step)
-        given = self._settings.curvature_set
-        if given is not None:
-            self._fixed = fixed_sequences(
-                given, count=self._settings.n_curvature, batch_size=self._settings.batch_size
-            )
+            one.not_finite = NotFinite()
+        self._fixed = self._fixed_sequences()
         self._scorer = InRunScorer(model, {one.name: one.mechanism for one in scored}, units)
 
     def before_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         """Refresh where it is due, and listen if a mechanism is active."""
         assert self._scorer is not None
         fields, when, step = self._settings.fields, self._settings.when, trainer.global_step
-        if self._fixed is None:
-            self._recent.add(fields.read_tokens(batch), fields.read_weights(batch))
         active = [one for one in self._scored if when.is_on(step, one.phase)]
         if not active and all(when.is_over(step, one.phase) for one in self._scored):
             self._scorer.remove()
             return
+        if self._fixed is None:
+            self._recent.add(fields.read_tokens(batch), fields.read_weights(batch))
         if not self._checked_batch:
             fields.check(batch)
             self._checked_batch = True
@@ -224,6 +240,12 @@ class TrainingScores:
             self._scorer.remove()
 
     # -- parts --------------------------------------------------------------------------------
+
+    def _fixed_sequences(self) -> list[Tensor] | None:
+        own = self._settings
+        if own.curvature_set is None:
+            return None
+        return fixed_sequences(own.curvature_set, count=own.n_curvature, batch_size=own.batch_size)
 
     def _writer(self, trainer: pl.Trainer, one: Scored) -> ScoreWriter:
         if one.writer is None:

@@ -18,6 +18,8 @@ class When:
 
     def __post_init__(self) -> None:
         if isinstance(self.active, str):
+            if self.active not in ("window", "always"):
+                raise ValueError(f"active={self.active!r}: 'window', 'always' or (first, last)")
             return
         first, last = (int(step) for step in self.active)
         object.__setattr__(self, "active", (first, last))  # a YAML file gives a list
