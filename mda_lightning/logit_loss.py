@@ -109,12 +109,18 @@ def loss_from_gradient(kept: Tensor, delta: Tensor, labels: Tensor) -> LogitLoss
         agree &= mean(difference).abs() <= _LOW_PRECISION_BIAS + 3 * error
     loss = torch.where(agree & (n_read == n_counted), mean(each[..., 0]), torch.nan)
     # A tiny probability may have no gradient in low precision; most positions tell the scale.
-    scale = torch.where(read, scales[..., 0], torch.nan).nanmedian(1).values
+    scale = _median(torch.where(read, scales[..., 0], torch.inf), n_read)
     spread = mean((scales[..., 0] / scale[:, None] - 1).abs())
     uniform = spread <= (_UNIFORM if precise else _LOW_PRECISION_UNIFORM)
     scale = torch.where(agree & uniform & (2 * n_read > n_counted), scale, torch.nan)
     uncertainty = _UNCERTAINTY if precise else _LOW_PRECISION_UNCERTAINTY
     return LogitLoss(loss, scale, n_counted, uncertainty)
+
+
+def _median(values: Tensor, n_read: Tensor) -> Tensor:
+    """The lower median [B] of the n_read smallest of [B, T]; torch.median is not deterministic."""
+    middle = (n_read - 1).clamp_min(0).div(2, rounding_mode="floor")
+    return values.sort(1).values.gather(1, middle[:, None])[:, 0]
 
 
 def direct_loss(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:

@@ -123,6 +123,7 @@ def test_scores_are_of_the_sum_over_the_positions_that_count(
     np.testing.assert_allclose(table.frame("L0H0")["loss"], losses, rtol=1e-5)
     said = [str(one.message) for one in caught if "weighs a position" in str(one.message)]
     assert len(said) == told
+    assert table.provenance["loss_scale_steps"] == {"measured" if told else "expected": 4}
 
 
 def test_accumulated_and_scaled_alike(tmp_path: Path) -> None:
@@ -167,6 +168,7 @@ def test_a_scale_that_cannot_be_read_is_told(tmp_path: Path, loss: Any) -> None:
     with pytest.warns(UserWarning, match="does not tell how the training loss is scaled") as told:
         table = score(tmp_path, Labelled(whole, loss), scoring(), max_steps=2)
     assert len([one for one in told if "does not tell" in str(one.message)]) == 1
+    assert table.provenance["loss_scale_steps"] == {"unread": 2}
     model = random_neox(seed=0, vocab_size=MODEL_VOCABULARY)
     ihvp = ihvp_of(model, HEADS, [TOKENS[:4]])
     loss(model(input_ids=TOKENS[:1, :-1]).logits, TOKENS[:1, 1:]).mul(16).backward()

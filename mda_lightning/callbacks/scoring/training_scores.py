@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ class TrainingScores:
         self._listening_for: tuple[str, ...] = ()
         # Of this fit. The first batch and the first backward are checked before a window opens.
         self._checked_batch = self._checking_backward = False
-        self._told_scale: set[str] = set()
+        self._scales: Counter[str] = Counter()  # steps by what became of the loss's scale
 
     # -- state --------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class TrainingScores:
         self._model, self._units, self._folder = model, list(units), folder
         self._scored = list(scored)
         self._checked_batch = self._checking_backward = False
-        self._told_scale = set()
+        self._scales.clear()
         for one in self._scored:
             if not is_rehearsal(trainer) and scores_folder(folder, one.mechanism).exists():
                 self._writer(trainer, one).discard_from(trainer.global_step)
@@ -303,9 +304,9 @@ class TrainingScores:
 
     def _check_scale(self, found: BatchScores, step: int) -> None:
         scale = found.scale
-        if scale.kind in self._told_scale or scale.kind == "expected":
+        self._scales[scale.kind] += 1
+        if self._scales[scale.kind] > 1 or scale.kind == "expected":
             return
-        self._told_scale.add(scale.kind)
         reduction = self._settings.loss_reduction
         if scale.kind == "unread":
             told = (
@@ -351,6 +352,8 @@ class TrainingScores:
                 active=when.active,
                 # Of this fit; the table's own count has masked samples and earlier fits in it.
                 n_not_finite=n_not_finite,
+                # Of this fit and rank 0.
+                loss_scale_steps=dict(self._scales),
                 sharing=describe(self._model).sharing,
             ),
             steps=steps,
