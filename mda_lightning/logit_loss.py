@@ -32,7 +32,7 @@ from mda_lightning.training_taps import kept_of
 _PRECISE = (torch.float64, torch.float32)
 # How far two columns may differ in a position, in nats, on average over a sample; in low precision
 # also in their mean, beyond 3 standard errors: rounding leaves it near 0, another loss does not.
-_AGREEMENT, _LOW_PRECISION_AGREEMENT, _LOW_PRECISION_BIAS = 1e-3, 0.1, 0.003
+_AGREEMENT, _LOW_PRECISION_AGREEMENT, _LOW_PRECISION_BIAS = 1e-4, 0.1, 0.003
 # How far the positions of a sample may be from one scale, on average.
 _UNIFORM, _LOW_PRECISION_UNIFORM = 0.01, 0.05
 # How well a scale is known.

@@ -157,18 +157,19 @@ def test_a_sample_of_which_nothing_counts_scores_zero(tmp_path: Path) -> None:
     "loss",
     [
         lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten(), label_smoothing=0.1),
+        lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten(), label_smoothing=0.01),
         lambda x, y: (
             F.cross_entropy(x.transpose(1, 2), y, reduction="none") * torch.linspace(0.1, 1.9, 16)
         ).mean(),
     ],
-    ids=["label smoothing", "weights of positions"],
+    ids=["label smoothing", "a little of it", "weights of positions"],
 )
 def test_a_scale_that_cannot_be_read_is_told(tmp_path: Path, loss: Any) -> None:
     """Scores are then of that loss, by the factor that was expected."""
     with pytest.warns(UserWarning, match="does not tell how the training loss is scaled") as told:
-        table = score(tmp_path, Labelled(whole, loss), scoring(), max_steps=2)
+        table = score(tmp_path, Labelled(whole, loss), scoring(), max_steps=4)
     assert len([one for one in told if "does not tell" in str(one.message)]) == 1
-    assert table.provenance["loss_scale_steps"] == {"unread": 2}
+    assert table.provenance["loss_scale_steps"] == {"unread": 4}
     model = random_neox(seed=0, vocab_size=MODEL_VOCABULARY)
     ihvp = ihvp_of(model, HEADS, [TOKENS[:4]])
     loss(model(input_ids=TOKENS[:1, :-1]).logits, TOKENS[:1, 1:]).mul(16).backward()

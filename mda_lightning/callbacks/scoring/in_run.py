@@ -191,8 +191,11 @@ def _ratio(found: StepScores, expected: Tensor) -> tuple[Tensor | None, LossScal
     trained = torch.isfinite(expected) & (found.counted != 0) & torch.stack(finite).any(0)
     each = torch.where(trained, found.scale * expected.to(found.scale), torch.nan)
     read = each[torch.isfinite(each)].cpu()
-    if not len(read):
-        return None, LossScale(float("nan"), "unread" if bool(trained.any()) else "expected")
+    n_trained = int(trained.sum())
+    if (
+        not n_trained or 2 * len(read) < n_trained
+    ):  # another loss may pass for this one now and then
+        return None, LossScale(float("nan"), "unread" if n_trained else "expected")
     ratio, limit = float(read.median()), found.uncertainty
     if bool(((read - 1).abs() <= limit).all()):
         return None, LossScale(ratio, "expected")
