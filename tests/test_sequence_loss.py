@@ -85,4 +85,4 @@ def test_sampling_in_bins_equals_a_plain_cumulative_sum(size) -> None:
     edge = (cumulative - uniform.double()[:, None] * cumulative[:, -1:]).abs().min(1).values
     assert int(off.sum()) <= 2 and bool((edge[off] < 1e-6).all())
     assert int(inverse_cdf(p[:1], torch.tensor([0.0]))) == int((p[0] > 0).nonzero()[0])
-    assert 0 <= int(found.min()) and int(found.max()) < size
+    assert int(found.min()) >= 0 and int(found.max()) < size
