@@ -36,7 +36,7 @@ _AGREEMENT, _LOW_PRECISION_AGREEMENT, _LOW_PRECISION_BIAS = 1e-4, 0.1, 0.003
 # How far the positions of a sample may be from one scale, on average.
 _UNIFORM, _LOW_PRECISION_UNIFORM = 0.01, 0.05
 # How well a scale is known.
-_UNCERTAINTY, _LOW_PRECISION_UNCERTAINTY = 1e-3, 0.02
+_UNCERTAINTY, _LOW_PRECISION_UNCERTAINTY = 1e-3, 0.01
 #: Logits in float32 at once, in numbers (32 MiB).
 _CHUNK_NUMBERS = 2**23
 _IGNORED = -100
