@@ -186,6 +186,9 @@ def probe_gradients(
     serves that layer's heads: a head's attention pattern does not depend on its neighbours'
     weights. Where it does, by keys that a group of heads shares or a norm across heads, those heads
     have a backward each. Gradients through other heads' values, in layers between, are all there.
+
+    Raises:
+        ValueError: f does not depend on the model's weights.
     """
     layout = describe(model)
     blocks = layout.blocks(units, mechanism.block_names)
@@ -197,6 +200,11 @@ def probe_gradients(
         Taps(model, modules_of(blocks)) as taps,
     ):
         value = mechanism.probe(model)
+        if not value.requires_grad:
+            raise ValueError(
+                f"the probe function of {mechanism.name!r} does not depend on the model's weights "
+                "(its value has no gradient): it has no valid target, or detaches on the way"
+            )
         per_head = value.dim() > 0
         together: dict[tuple[int, int], list[Block]] = {}
         for block in blocks:

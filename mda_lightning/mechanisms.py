@@ -144,9 +144,10 @@ class _HeadMechanism(ABC):
     def check(self, model: PreTrainedModel) -> None:
         if self.bias:
             _check_biases(model, self.block_names)
-        tokens = self._draw("mu", model).tokens
-        check_token_ids(model, tokens)
-        longest = tokens.shape[1]
+        drawn = [self._draw(kind, model).tokens for kind in ("mu", "f")]
+        for tokens in drawn:
+            check_token_ids(model, tokens)
+        longest = max(tokens.shape[1] for tokens in drawn)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise ValueError(

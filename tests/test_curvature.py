@@ -459,6 +459,15 @@ def test_a_head_without_gradient_has_no_score_and_is_named(tokens, copying) -> N
     assert torch.isfinite(solved[Head(0, 1), "V"]).all()
 
 
+def test_a_probe_that_reaches_no_weight_is_refused(tokens) -> None:
+    class Detached(type(mechanism("induction"))):
+        def probe(self, model):
+            return super().probe(model).detach()
+
+    with pytest.raises(ValueError, match="'induction' does not depend on the model's weights"):
+        probe_gradients(random_neox(), Detached(token_ids=range(1, 40)), UNITS)
+
+
 def test_fewer_positions_than_directions_are_said(tokens) -> None:
     model = random_neox()
     with pytest.warns(UserWarning, match="on 12 positions, fewer than the 16 directions"):

@@ -266,3 +266,11 @@ def test_ids_that_the_model_lacks_are_refused_before_it_is_run(name: str, ids: r
         measured.check(model)
     with pytest.raises(ValueError, match="is not in the model's vocabulary"):
         measured.measure(model)
+
+
+def test_both_probe_sets_are_checked_before_training() -> None:
+    """f's sequences may be longer than μ's: Eq. 18's layout is twice as long."""
+    model = random_neox(vocab_size=40)
+    too_few = mechanism("induction", layout="single_target", token_ids=range(1, 30))
+    with pytest.raises(ValueError, match="29 distinct token ids are too few"):
+        too_few.check(model)
