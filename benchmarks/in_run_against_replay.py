@@ -20,7 +20,7 @@ from mda_lightning.architectures import describe
 from mda_lightning.callbacks import CriticalWindow, InfluenceScoring
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.corpora import TokenRows, embedded_corpus
-from mda_lightning.inverse_probes import CurvatureSettings
+from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism, mechanism
 from mda_lightning.recipes.counterfactual_runs import build_data, build_module, build_monitor
 from mda_lightning.recipes.quickstart import QUICKSTART

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from benchmarks.models import random_tokens
 from mda_lightning.architectures import HEAD_BLOCKS, BlockName, describe
 from mda_lightning.gradients import BlockVector
-from mda_lightning.in_run_scores import StepScores, TrainingStepScorer
+from mda_lightning.influence.in_run_scores import StepScores, TrainingStepScorer
 from mda_lightning.pretraining import PythiaModule
 from mda_lightning.pretraining.loss import sequence_losses, weighted_loss
 from mda_lightning.pretraining.optimization import parameter_groups

@@ -221,6 +221,12 @@ def probe_gradients(
     return found
 
 
+def zero_probes(probe: BlockVector) -> list[Head]:
+    """Units whose ∇f is zero in all of their blocks: nothing can be attributed to them."""
+    units = dict.fromkeys(unit for unit, _ in probe)
+    return [u for u in units if not any(bool(v.any()) for (o, _), v in probe.items() if o == u)]
+
+
 def _as_one(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """All sequences in a row as one: [1, B·T, features]."""
     return {name: values[name].detach().flatten(0, 1)[None] for name in names}

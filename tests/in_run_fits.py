@@ -15,7 +15,7 @@ from training import MODEL_VOCABULARY, Rows, StrangersModule, fit
 from mda_lightning.callbacks import InfluenceScoring
 from mda_lightning.gradients import BlockVector
 from mda_lightning.influence import replay_scores
-from mda_lightning.inverse_probes import CurvatureSettings, inverse_probes
+from mda_lightning.influence.inverse_probes import CurvatureSettings, inverse_probes
 from mda_lightning.mechanisms import Mechanism, mechanism
 from mda_lightning.store import ScoreTable
 from mda_lightning.units import Head

@@ -13,11 +13,11 @@ from models import random_neox
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mda_lightning.in_run_scores import TrainingStepScorer
 from mda_lightning.influence import probe_gradients, replay_scores
-from mda_lightning.logit_loss import direct_loss, loss_from_gradient, read_columns
+from mda_lightning.influence.in_run_scores import TrainingStepScorer
+from mda_lightning.influence.logit_loss import direct_loss, loss_from_gradient, read_columns
+from mda_lightning.influence.projection import Projection
 from mda_lightning.mechanisms import mechanism
-from mda_lightning.projection import Projection
 from mda_lightning.units import Head
 
 INDUCTION = mechanism("induction", token_ids=range(1, 40), probe_function="copy_logprob")
@@ -264,7 +264,9 @@ def test_a_term_of_the_normaliser_leaves_the_scale() -> None:
 
 
 def test_the_loss_of_masked_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mda_lightning.logit_loss._CHUNK_NUMBERS", 7 * 50)  # several stretches
+    monkeypatch.setattr(
+        "mda_lightning.influence.logit_loss._CHUNK_NUMBERS", 7 * 50
+    )  # several stretches
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 31, 50, generator=generator)
     labels = torch.randint(0, 50, (4, 30), generator=generator)
@@ -311,7 +313,7 @@ def test_projection_is_the_sum_over_positions(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a loop over samples and positions in float64; low precision a few samples at once."""
-    monkeypatch.setattr("mda_lightning.projection._CAST_NUMBERS", 3 * 7 * 64)
+    monkeypatch.setattr("mda_lightning.influence.projection._CAST_NUMBERS", 3 * 7 * 64)
     model, generator = random_neox(), torch.Generator().manual_seed(0)
     previous = mechanism("previous_token", token_ids=range(1, 40), length=(8, 12))
     probes = {

@@ -12,7 +12,7 @@ from models import random_neox
 from mda_lightning.callbacks import window_replay
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.influence import ReplayScorer
-from mda_lightning.inverse_probes import CurvatureSettings
+from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import mechanism
 from mda_lightning.units import Head
 

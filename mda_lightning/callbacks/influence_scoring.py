@@ -47,7 +47,7 @@ from mda_lightning.callbacks.scoring.training_scores import (
 from mda_lightning.callbacks.scoring.when import Active, When
 from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.curvature import Fisher
-from mda_lightning.inverse_probes import CurvatureSettings
+from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head, parse_unit
 from mda_lightning.window import Edge

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from mda_lightning.influence.training_taps import unheard
 from mda_lightning.modes import evaluating
-from mda_lightning.training_taps import unheard
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import describe
 from mda_lightning.files import sha256_of
 from mda_lightning.influence import ReplayScorer, weights_hash
-from mda_lightning.inverse_probes import (
+from mda_lightning.influence.inverse_probes import (
     CurvatureSettings,
     InverseProbes,
     inverse_probes,

@@ -22,7 +22,7 @@ from mda_lightning.corpora.sources import TokenSource
 from mda_lightning.curvature import CurvatureError
 from mda_lightning.gradients import BlockVector
 from mda_lightning.influence import ReplayScorer, config_hash, weights_hash
-from mda_lightning.inverse_probes import inverse_probes, warn_of_unscored
+from mda_lightning.influence.inverse_probes import inverse_probes, warn_of_unscored
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.micro_batch import micro_batch
 from mda_lightning.recipes.checkpoint_choice import (

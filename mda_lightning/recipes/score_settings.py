@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mda_lightning.architectures import ModelLayout
 from mda_lightning.curvature import Fisher, check_damping
-from mda_lightning.inverse_probes import CurvatureSettings
+from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head, parse_unit
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import describe
 from mda_lightning.curvature import CurvatureError
 from mda_lightning.gradients import BlockVector
-from mda_lightning.in_run_scores import StepScores, TrainingStepScorer
-from mda_lightning.inverse_probes import (
+from mda_lightning.influence.in_run_scores import StepScores, TrainingStepScorer
+from mda_lightning.influence.inverse_probes import (
     CurvatureSettings,
     InverseProbes,
     inverse_probes,

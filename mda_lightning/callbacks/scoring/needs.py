@@ -12,7 +12,7 @@ from mda_lightning.callbacks.attachment import UnsupportedTrainerError, callback
 from mda_lightning.callbacks.critical_window import CriticalWindow
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
 from mda_lightning.curvature import Fisher, check_damping
-from mda_lightning.inverse_probes import CurvatureSettings
+from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import parse_unit
 

@@ -37,7 +37,7 @@ from mda_lightning.callbacks.scoring.not_finite import NotFinite
 from mda_lightning.callbacks.scoring.output import provenance_of, scores_folder, warn_of_nothing
 from mda_lightning.callbacks.scoring.when import When
 from mda_lightning.influence import weights_hash
-from mda_lightning.inverse_probes import CurvatureSettings
+from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.store import ScoreRows, ScoreWriter
 from mda_lightning.units import Head

@@ -11,9 +11,14 @@ from transformers import PreTrainedModel
 
 from mda_lightning.architectures import BlockName, describe, unembedding
 from mda_lightning.gradients import BlockVector
-from mda_lightning.logit_loss import LogitLoss, direct_loss, loss_from_gradient, read_columns
-from mda_lightning.projection import Projection
-from mda_lightning.training_taps import TrainingTaps, kept_of
+from mda_lightning.influence.logit_loss import (
+    LogitLoss,
+    direct_loss,
+    loss_from_gradient,
+    read_columns,
+)
+from mda_lightning.influence.projection import Projection
+from mda_lightning.influence.training_taps import TrainingTaps, kept_of
 from mda_lightning.units import Head
 
 _ONE = ""  # the name of a mechanism that is scored alone
@@ -50,7 +55,8 @@ class TrainingStepScorer:
     """Scores the samples of each training step from that step's own forward and backward.
 
     Call :meth:`set_ihvp`, then :meth:`start` before a forward, and :meth:`collect` after its
-    backward. Training is not changed; see :class:`~mda_lightning.training_taps.TrainingTaps`.
+    backward. Training is not changed; see
+    :class:`~mda_lightning.influence.training_taps.TrainingTaps`.
 
     Args:
         model: the language model inside the module that trains.

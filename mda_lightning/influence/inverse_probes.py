@@ -25,8 +25,8 @@ from mda_lightning.curvature import (
     save_factors,
     tokens_hash,
 )
-from mda_lightning.gradients import BlockVector, probe_gradients
-from mda_lightning.influence import config_hash, zero_probes
+from mda_lightning.gradients import BlockVector, probe_gradients, zero_probes
+from mda_lightning.influence.model_hash import config_hash
 from mda_lightning.mechanisms import Mechanism
 from mda_lightning.units import Head
 

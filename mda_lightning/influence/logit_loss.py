@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mda_lightning.training_taps import kept_of
+from mda_lightning.influence.training_taps import kept_of
 
 #: Where the gradient of the logits is in one of these, else in low precision.
 _PRECISE = (torch.float64, torch.float32)

@@ -1,53 +1,24 @@
-"""Influence scores of training samples on units (Eq. 2; SPEC §5).
-
-    s(z) = −∇L(z)ᵀ (H + λ)⁻¹ ∇f,   L summed over positions.
-
-**Positive: training on z promotes the unit.** A gradient step on z moves θ along −∇L(z), and f with
-it by −∇fᵀ∇L(z), here in the metric of the curvature.
-
-Two estimators, never mixed: *replay* at one fixed θ (:func:`replay_scores`), and *in-run* at the θ
-a sample was trained on, from the training step's own forward and backward
-(:class:`TrainingStepScorer`).
-"""
+"""Scores at a model's present weights: Algorithm 1, and each position's part."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mda_lightning.architectures import BlockName, describe, modules_of
 from mda_lightning.curvature import Fisher, SubspaceEKFAC
 from mda_lightning.curvature.estimate import CurvatureEstimate
 from mda_lightning.curvature.factors import DampingRule
-from mda_lightning.gradients import BlockVector, probe_gradients, sequence_backward
-from mda_lightning.in_run_scores import TrainingStepScorer
+from mda_lightning.gradients import BlockVector, probe_gradients, sequence_backward, zero_probes
+from mda_lightning.influence.projection import Projection, Target
 from mda_lightning.mechanisms import Mechanism
-from mda_lightning.projection import Projection, Target
 from mda_lightning.units import Head
-
-__all__ = [
-    "IHVPs",
-    "ReplayScorer",
-    "Scores",
-    "SubspaceEKFAC",
-    "TrainingStepScorer",
-    "config_hash",
-    "fit_and_score",
-    "probe_gradients",
-    "replay_scores",
-    "token_scores",
-    "weights_hash",
-    "zero_probes",
-]
-
 
 #: IHVPs by the name of the mechanism whose f they are of.
 IHVPs = Mapping[str, BlockVector]
@@ -271,12 +242,6 @@ def token_scores(model: PreTrainedModel, ihvp: BlockVector, tokens: Tensor) -> S
     return Scores(target.units, target.blocks, torch.cat(values), torch.cat(losses))
 
 
-def zero_probes(probe: BlockVector) -> list[Head]:
-    """Units whose ∇f is zero in all of their blocks: nothing can be attributed to them."""
-    units = dict.fromkeys(unit for unit, _ in probe)
-    return [u for u in units if not any(bool(v.any()) for (o, _), v in probe.items() if o == u)]
-
-
 def _joined(
     targets: Mapping[str, Target], found: Sequence[tuple[dict[str, Tensor], Tensor]]
 ) -> dict[str, Scores]:
@@ -297,33 +262,3 @@ def _joined(
         )
         for name, target in targets.items()
     }
-
-
-_NOT_COMPUTED_WITH = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-)
-
-
-def config_hash(model: PreTrainedModel) -> str:
-    """SHA-256 over a model's configuration: the same weights compute otherwise under another.
-
-    Left out is what has no part in it: where it was loaded from, by which version.
-    """
-    content = model.config.to_dict()
-    for key in _NOT_COMPUTED_WITH:
-        content.pop(key, None)
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        data = tensor.detach().cpu().contiguous()
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
-    return digest.hexdigest()
