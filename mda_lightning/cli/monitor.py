@@ -6,21 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from mda_lightning.cli.options import EXIT_OK, positive
+from mda_lightning.cli.options import A_CHECKPOINT, EXIT_OK, add_device, add_files, positive
 
 _FOLDER = Path("runs/monitor")
 
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 Measure every head of a language model at saved checkpoints, or at revisions on the Hugging Face
 hub: one table and one heatmap a metric. One checkpoint is in memory at a time, and what is measured
 is kept as it comes: interrupted, the same command goes on from there.
 
-a CHECKPOINT is
-  a Hugging Face model folder (config.json and weights)
-  a hub name, perhaps with revisions: NAME, NAME@REV,REV,..., NAME@step0..step512
-  a Lightning .ckpt: of PythiaModule as it is; of another module with --config
-  a folder of .ckpt files, or of model folders
-"""
+{A_CHECKPOINT}"""
 
 _EPILOG = """\
 examples:
@@ -55,21 +50,7 @@ def add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--output", type=Path, default=_FOLDER, help="folder to write (default: %(default)s)"
     )
-    files = parser.add_argument_group("for .ckpt files")
-    files.add_argument(
-        "--config",
-        metavar="FOLDER_OR_NAME",
-        help="the language model's configuration, where the file is not of PythiaModule",
-    )
-    files.add_argument(
-        "--prefix",
-        help="where the language model is in the state dict, such as net.lm, if several fit",
-    )
-    files.add_argument(
-        "--trust",
-        action="store_true",
-        help="read any pickled object; it can run code, so only for files that you trust",
-    )
+    add_files(parser)
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
         "--text",
@@ -99,15 +80,7 @@ def add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
             "have none"
         ),
     )
-    measuring.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
-    )
-    measuring.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "auto"),
-        default="float32",
-        help="what is computed in; auto: as saved (default: %(default)s)",
-    )
+    add_device(measuring)
     parser.add_argument(
         "--strict",
         action="store_true",

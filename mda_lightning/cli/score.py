@@ -6,23 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from mda_lightning.cli.options import EXIT_OK, positive
+from mda_lightning.cli.options import A_CHECKPOINT, EXIT_OK, add_device, add_files, positive
 
 _FOLDER = Path("runs/score")
 _TOP = 3
 
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 Which samples promote which heads: influence scores at saved checkpoints, or at revisions on the
 Hugging Face hub. A positive score: training on the sample promotes the head. All heads and
 mechanisms are scored in one pass over the samples; with several checkpoints the mean is taken.
 Interrupted, the same command goes on with the sample that comes next.
 
-a CHECKPOINT is
-  a Hugging Face model folder (config.json and weights)
-  a hub name, perhaps with revisions: NAME, NAME@REV,REV,..., NAME@step0..step512
-  a Lightning .ckpt: of PythiaModule as it is; of another module with --config
-  a folder of .ckpt files, or of model folders
-
+{A_CHECKPOINT}
 DATA is
   a corpus folder, as `mda-lightning data` makes it
   a .npy file of token rows [N, T + 1]
@@ -152,27 +147,8 @@ def add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default=(0, 1),
         help="score share I of N, counted from 0",
     )
-    cost.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
-    )
-    cost.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "auto"),
-        default="float32",
-        help="what is computed in; auto: as saved (default: %(default)s)",
-    )
-    files = parser.add_argument_group("for .ckpt files")
-    files.add_argument(
-        "--config",
-        metavar="FOLDER_OR_NAME",
-        help="the language model's configuration, where the file is not of PythiaModule",
-    )
-    files.add_argument("--prefix", help="where the language model is in the state dict")
-    files.add_argument(
-        "--trust",
-        action="store_true",
-        help="read any pickled object; it can run code, so only for files that you trust",
-    )
+    add_device(cost)
+    add_files(parser)
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.set_defaults(run=_score, usage=parser.error)
 
