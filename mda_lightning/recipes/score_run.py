@@ -98,11 +98,12 @@ class ScoreRun:
         self._done = self._n_new = 0
         self._lock: FileLock | None = None
 
-    def show(self, doing: str, number: int, checkpoint: Checkpoint) -> None:
-        """Tell the progress."""
+    def show(
+        self, doing: str, number: int, checkpoint: Checkpoint, left: float | None = None
+    ) -> None:
+        """Tell the progress; ``left`` are the seconds that are left of something but scoring."""
         done = number * (self._own[1] - self._own[0]) + self._done
-        left = None
-        if self._started is not None and self._n_new:
+        if left is None and self._started is not None and self._n_new:
             left = (time.monotonic() - self._started) / self._n_new * (self._total - done)
         remote = isinstance(checkpoint, HubRevision)
         self._show(CheckpointProgress(doing, done, self._total, checkpoint.label, remote, left))
@@ -156,9 +157,12 @@ class ScoreRun:
 
         def estimating(n: int) -> None:
             self._n_curvature += n
-            done = f"curvature ({self._n_curvature:,} of at most {most:,} sequences) of"
-            self.show(done, number, checkpoint)
+            so_far = self._n_curvature
+            rate = (time.monotonic() - begun) / so_far if so_far else 0.0
+            doing = f"curvature ({so_far:,} of at most {most:,} sequences) of"
+            self.show(doing, number, checkpoint, rate * (most - so_far) if so_far else None)
 
+        begun = time.monotonic()
         most = len(self._settings.curvature_ids(*self._span))
         self._n_curvature = 0
         estimating(0)
