@@ -7,69 +7,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import random_neox
+from peer_checks import check_ekfac, check_identity, check_one_pass
 
-from mda_lightning.curvature import SubspaceEKFAC
-from mda_lightning.gradients import probe_gradients
-from mda_lightning.influence import fit_and_score, replay_scores
-from mda_lightning.mechanisms import InductionHead
 from mda_lightning.units import Head
 
 pytest.importorskip("bergson")
 
 from benchmarks.peer_bergson import BergsonRun, as_ours
-from benchmarks.split_head import copy_probe
-
-MECHANISM = InductionHead(
-    probe_function="copy_logprob", token_ids=range(1, 40), length=(6, 6), n_probe_sequences=12
-)
 
 
-@pytest.fixture(scope="module")
-def tokens() -> torch.Tensor:
-    return torch.randint(1, 40, (10, 17), generator=torch.Generator().manual_seed(3))
-
-
-def assert_close_to_peer(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """To 1e-4 of the largest score of the block; and the scores are not all alike."""
-    scale = theirs.abs().max()
-    assert scale > 0 and theirs.std() > 0.05 * scale
-    torch.testing.assert_close(ours / scale, theirs / scale, atol=1e-4, rtol=0)
+def scores(*args, **kwargs) -> dict[str, torch.Tensor]:
+    peer = BergsonRun(*args, **kwargs)
+    return as_ours(peer, peer.run())
 
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])
 @pytest.mark.parametrize("unit", [Head(0, 0), Head(1, 1)], ids=str)
-def test_ekfac_scores(tokens, unit, parallel) -> None:
-    model = random_neox(parallel=parallel)
-    peer = BergsonRun(model, unit, copy_probe(MECHANISM), tokens, batch_size=4)
-    theirs = as_ours(peer, peer.run())
-    units = [Head(layer, head) for layer in range(2) for head in range(2)]
-    batches = list(tokens.split(3))
-    curvature = SubspaceEKFAC.fit(
-        model, units, MECHANISM.block_names, batches, fisher="empirical", damping=0.1
-    )
-    probe = probe_gradients(model, MECHANISM, units)
-    found = replay_scores(model, curvature.solve(probe), batches)
-    for k, block in enumerate(found.blocks):
-        assert_close_to_peer(found.values[:, units.index(unit), k], theirs[block])
+def test_ekfac_scores(unit, parallel) -> None:
+    check_ekfac(scores, unit, parallel=parallel)
 
 
-def test_plain_dot_product(tokens) -> None:
-    model, unit = random_neox(), Head(1, 0)
-    peer = BergsonRun(model, unit, copy_probe(MECHANISM), tokens, 4, strategy="identity")
-    theirs = as_ours(peer, peer.run())
-    found = replay_scores(model, probe_gradients(model, MECHANISM, [unit]), tokens.split(3))
-    for k, block in enumerate(found.blocks):
-        assert_close_to_peer(found.values[:, 0, k], theirs[block])
+def test_plain_dot_product() -> None:
+    check_identity(scores)
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac"])
-def test_fit_and_score_in_one_pass(tokens, kind) -> None:
-    model, unit = random_neox(), Head(1, 0)
-    peer = BergsonRun(model, unit, copy_probe(MECHANISM), tokens, 4, strategy=kind)
-    theirs = as_ours(peer, peer.run())
-    _, found = fit_and_score(
-        model, {"": MECHANISM}, [unit], list(tokens.split(3)), kind=kind, fisher="empirical"
-    )
-    for k, block in enumerate(found[""].blocks):
-        assert_close_to_peer(found[""].values[:, 0, k], theirs[block])
+def test_fit_and_score_in_one_pass(kind) -> None:
+    check_one_pass(scores, kind)
