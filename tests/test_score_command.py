@@ -505,6 +505,7 @@ def test_broken_samples_and_dead_heads_are_named(place, rows, tmp_path, capsys) 
     broken = np.flatnonzero((rows[:, :-1] == 5).any(1))
     assert f"{len(broken)} of {N} samples have a gradient that is not finite" in said
     assert f"(NaN): {broken[0]}" in said
+    assert f"not finite at {tmp_path / 'model'} (step " in said
     assert "the gradient of induction's f is zero in L1H0" in said
     table = ScoreTable.open(tmp_path / "out")
     ids_, scores = table.scores("L0H0")

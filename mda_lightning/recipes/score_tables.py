@@ -141,18 +141,22 @@ def write_tables(
         writers = {m.name: writer_of(folder, m, units, source, Share()) for m in mechanisms}
         for writer in writers.values():
             writer.discard_from(-1)  # of a call that was interrupted here
-        broken: list[int] = []
+        broken: list[list[int]] = [[] for _ in weights]
         for one, own in chunks.items():
             first, last = one.of(*span)
             for start in range(first, last, _AT_ONCE):
-                mean = mean_chunk([at.read(start, min(start + _AT_ONCE, last)) for at in own])
-                broken += _add(writers, mean, source, samples_per_step, ihvp_step)
-        if broken:
-            say(
-                f"{len(broken)} of {span[1] - span[0]} samples have a gradient that is not finite "
-                f"at some checkpoint and no score (NaN): {', '.join(map(str, broken[:5]))}"
-                f"{' ...' if len(broken) > 5 else ''}"
-            )
+                found = [at.read(start, min(start + _AT_ONCE, last)) for at in own]
+                _add(writers, mean_chunk(found), source, samples_per_step, ihvp_step)
+                for ids, chunk in zip(broken, found, strict=True):
+                    ids += _broken(chunk, source)
+        for checkpoint, ids in zip(provenance["checkpoints"], broken, strict=True):
+            if ids:
+                say(
+                    f"{len(ids)} of {span[1] - span[0]} samples have a gradient that is not finite "
+                    f"at {checkpoint['checkpoint']} (step {checkpoint['step']}) and no score for "
+                    f"any head (NaN): {', '.join(map(str, ids[:5]))}"
+                    f"{' ...' if len(ids) > 5 else ''}"
+                )
         tables = {
             m.name: writers[m.name].finish(
                 {
@@ -175,8 +179,8 @@ def _add(
     source: TokenSource,
     samples_per_step: int | None,
     ihvp_step: int | None,
-) -> list[int]:
-    """Add samples to every mechanism's table; returns those with a gradient that is not finite."""
+) -> None:
+    """Add samples to every mechanism's table."""
     ids = np.arange(mean.first, mean.last, dtype=np.int64)
     names = source.domains(ids)
     for name, writer in writers.items():
@@ -190,6 +194,10 @@ def _add(
                 None if names is None else np.asarray(names, dtype=np.str_),
             )
         )
-    there = source.get(ids)[:, 1] >= 0  # a document of one token has no score either
-    found: list[int] = ids[np.isnan(mean.loss) & there].tolist()
+
+
+def _broken(chunk: Chunk, source: TokenSource) -> list[int]:
+    """Samples with a gradient that is not finite; a document of one token has none at all."""
+    ids = np.arange(chunk.first, chunk.last, dtype=np.int64)[np.isnan(chunk.loss)]
+    found: list[int] = ids[source.get(ids)[:, 1] >= 0].tolist() if len(ids) else []
     return found
