@@ -91,22 +91,9 @@ def rows_from_folder(
         ValueError: a file is not UTF-8, or there is not enough text.
     """
     root = Path(source)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder of text files")
-    paths = sorted(path for path in root.glob(pattern) if path.is_file())
-    if not paths:
-        raise FileNotFoundError(
-            f"no file in {root} fits {pattern!r}; give another pattern, for example '**/*.py'"
-        )
-
-    def documents() -> Iterator[tuple[str, str]]:
-        for path in paths:
-            parts = path.relative_to(root).parts
-            yield (parts[0] if len(parts) > 1 else DEFAULT_DOMAIN), read_text(path)
-
     return rows_from_texts(
         folder,
-        documents(),
+        folder_documents(root, pattern),
         row_length=row_length,
         tokenizer_json=tokenizer_json,
         vocab_size=vocab_size,
@@ -143,6 +130,25 @@ def rows_from_jsonl(
         seed=seed,
         provenance={"reader": "jsonl", "source": path.name, "text_key": text_key},
     )
+
+
+def folder_documents(root: Path, pattern: str = "**/*.txt") -> Iterator[tuple[str, str]]:
+    """The (domain, text) pairs of the files under a folder, see :func:`rows_from_folder`.
+
+    Raises:
+        FileNotFoundError: ``root`` is no folder, or no file in it fits ``pattern``.
+        ValueError: a file is not UTF-8.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder of text files")
+    paths = sorted(path for path in root.glob(pattern) if path.is_file())
+    if not paths:
+        raise FileNotFoundError(
+            f"no file in {root} fits {pattern!r}; give another pattern, for example '**/*.py'"
+        )
+    for path in paths:
+        parts = path.relative_to(root).parts
+        yield (parts[0] if len(parts) > 1 else DEFAULT_DOMAIN), read_text(path)
 
 
 def read_text(path: Path) -> str:
