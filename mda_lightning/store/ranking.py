@@ -12,9 +12,34 @@ Ints = NDArray[np.int64]
 
 def mean_by_sample(ids: Ints, scores: NDArray[np.float32]) -> tuple[Ints, NDArray[np.float64]]:
     """Ascending unique ids [M] and the mean of each one's scores [M], from rows [N]."""
-    unique, which = np.unique(ids, return_inverse=True)
-    sums = np.bincount(which, weights=scores.astype(np.float64), minlength=len(unique))
-    return unique, sums / np.bincount(which, minlength=len(unique))
+    means = Means(ids)
+    return means.ids, means.of(scores)
+
+
+class Means:
+    """The mean of each sample's scores, for many columns of scores over the same rows.
+
+    Args:
+        ids: of the rows [N].
+        rows: which of them count, bool [N]; None is all.
+
+    Attributes:
+        ids: ascending unique sample ids [M].
+        first_rows: a row of each of them [M].
+    """
+
+    def __init__(self, ids: Ints, rows: NDArray[np.bool_] | None = None) -> None:
+        self._rows = None if rows is None else np.flatnonzero(rows)
+        own = ids if self._rows is None else ids[self._rows]
+        self.ids, first, self._which = np.unique(own, return_index=True, return_inverse=True)
+        self.first_rows: Ints = first if self._rows is None else self._rows[first]
+        self._counts = np.bincount(self._which, minlength=len(self.ids))
+
+    def of(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Means [M] of a column [N]; NaN where one of a sample's scores is."""
+        own = scores if self._rows is None else scores[self._rows]
+        sums = np.bincount(self._which, weights=own.astype(np.float64), minlength=len(self.ids))
+        return sums / self._counts
 
 
 def extreme(
@@ -48,7 +73,10 @@ def extreme(
         raise ValueError(
             f"{count} samples were asked for of {of}, which has {len(ids)} with a finite score"
         )
-    return ids[np.argsort(keys, kind="stable")[:count]]
+    # Sorting what is wanted alone: a tenth of a million samples is in order in a tenth of the time.
+    last = np.partition(keys, count - 1)[count - 1]
+    chosen = np.flatnonzero(keys <= last)
+    return ids[chosen[np.argsort(keys[chosen], kind="stable")[:count]]]
 
 
 def by_best_place(rankings: Sequence[Ints]) -> Ints:

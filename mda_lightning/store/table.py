@@ -209,6 +209,16 @@ class ScoreTable:
         table = self._read(["sample_id", *columns])
         return table["sample_id"].to_numpy(), sum_of(table, columns)
 
+    def columns(self, *names: str) -> dict[str, NDArray[Any]]:
+        """What the table says of its rows besides scores, [N] each, row by row as :meth:`scores`.
+
+        Args:
+            names: of ``sample_id``, ``step``, ``ihvp_step``, ``loss`` and, where there is one,
+                ``domain``.
+        """
+        read = self._read(list(names))
+        return {name: read[name].to_numpy() for name in names}
+
     def mean_scores(
         self, unit: str, block: str | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
