@@ -18,7 +18,9 @@ PACKAGE = ROOT / "mda_lightning"
 #: Outermost last. A part imports parts before its own row, never one beside it or after it;
 #: whatever is not listed is the core, which imports none of these.
 OUTER_LAYERS = (
-    ("pretraining", "datamodules", "callbacks"),
+    ("pretraining",),
+    ("datamodules",),
+    ("callbacks",),
     ("recipes",),
     ("cli",),
     ("__main__",),
@@ -34,11 +36,19 @@ CORE_ORDER = (
     ("curvature",),
     ("influence",),
 )
-STREAM_ORDER = (("files",), ("corpora", "store", "interventions"), ("schedule",))
+STREAM_ORDER = (
+    ("files", "sample_ids"),
+    ("shuffling",),
+    ("base_order",),
+    ("corpora", "store"),
+    ("interventions",),
+    ("schedule",),
+)
 
 #: May be had, and tested, without a model: no torch, directly or through anything they import.
 TORCH_FREE = {
     "files",
+    "base_order",
     "window",
     "interventions",
     "schedule",

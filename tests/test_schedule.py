@@ -218,7 +218,7 @@ PLAN = Plan.mask([1, 2], steps=(0, 3)) | Plan.insert([1, 2], steps=(1, 3), copie
         Plan.mask([1, 2], steps=(0, 3)),
         PLAN.bound(seed=1),
         PLAN.bound(corpus_hash="a"),
-        PLAN.bound(order_hash="a"),
+        PLAN.bound(order=BaseOrder(50, 5, 10)),
     ],
 )
 def test_the_hash_of_a_plan_changes_with_all_that_matters(other: Plan) -> None:
@@ -288,7 +288,9 @@ def test_a_random_control_is_seeded_and_takes_the_same_places() -> None:
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    plan = PLAN.bound(corpus_hash="c", order_hash="o", seed=3, source={"unit": "L1H2"}, name="n")
+    plan = PLAN.bound(
+        corpus_hash="c", order=BaseOrder(50, 5, 10), seed=3, source={"unit": "L1H2"}, name="n"
+    )
     loaded = Plan.load(plan.save(tmp_path / "plans" / "p.json"))
     assert loaded.content_hash == plan.content_hash
     assert (loaded.name, loaded.source, loaded.seed) == ("n", {"unit": "L1H2"}, 3)
@@ -320,7 +322,10 @@ def test_plan_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
             lambda o: Schedule(o, Plan.insert(range(9), steps=(2, 3), placement="replace")),
             "9 insertions by replacement do not fit",
         ),
-        (lambda o: Schedule(o, Plan.mask([1]).bound(order_hash="f" * 64)), "f" * 12),
+        (
+            lambda o: Schedule(o, Plan.mask([1]).bound(order=BaseOrder(51, 5, 10))),
+            "made for base order",
+        ),
         (lambda o: Schedule(o).batch(10), r"outside the run: it has steps 0\.\.9"),
         (lambda o: Plan.mask([1], weight=-0.5), "weight -0.5"),
         (lambda o: Plan.mask([1], weight=float("nan")), "weight nan"),
@@ -335,7 +340,7 @@ def test_plan_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         (lambda o: Plan.mask([1]) | Plan.mask([1, 2], weight=2.0), "weight 0.0 and weight 2.0"),
         (
             lambda o: Plan.mask([1]).bound(corpus_hash="a") | Plan.mask([2]).bound(corpus_hash="b"),
-            "different corpus",
+            "different corpora",
         ),
         (lambda o: BaseOrder(3, 4, 1), "3 rows, one batch needs 4"),
         (lambda o: BaseOrder(3, 0, 1), "at least 1"),

@@ -17,7 +17,7 @@ from mda_lightning.callbacks.attachment import (
     warn_of_other_folder,
 )
 from mda_lightning.callbacks.checkpoint_writing import check_checkpointing
-from mda_lightning.callbacks.loggers import log_scalars, run_folder
+from mda_lightning.callbacks.loggers import log_scalars
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
 from mda_lightning.callbacks.window_checkpoints import PROMOTED, WindowCheckpoints
 from mda_lightning.callbacks.window_needs import (
@@ -36,6 +36,7 @@ from mda_lightning.callbacks.window_source import (
     Values,
     WindowSource,
 )
+from mda_lightning.pretraining.run_folder import run_folder
 from mda_lightning.window import (
     Edge,
     Followed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from mda_lightning.callbacks.attachment import (
     state_key,
     warn_of_other_folder,
 )
-from mda_lightning.callbacks.loggers import log_file, run_folder
+from mda_lightning.callbacks.loggers import log_file
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.callbacks.scoring.batch_fields import BatchFields
 from mda_lightning.callbacks.scoring.curvature_data import CurvatureSet
@@ -39,8 +39,8 @@ from mda_lightning.callbacks.scoring.output import (
     write_replay,
 )
 from mda_lightning.callbacks.scoring.replay_bar import replay_bar
+from mda_lightning.callbacks.scoring.scored import Scored, ScoredSamples
 from mda_lightning.callbacks.scoring.training_scores import (
-    Scored,
     TrainingScores,
     TrainingScoresSettings,
 )
@@ -49,6 +49,7 @@ from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.curvature import Fisher
 from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism
+from mda_lightning.pretraining.run_folder import run_folder
 from mda_lightning.units import Head, parse_unit
 from mda_lightning.window import Edge
 
@@ -199,6 +200,19 @@ class InfluenceScoring(pl.Callback):
     def mechanism_names(self) -> tuple[str, ...]:
         """Of the mechanisms that are scored."""
         return tuple(one.name for one in self._scored)
+
+    @property
+    def units(self) -> tuple[Head, ...]:
+        """Heads that are scored, in the order of the scores' axis; known from ``setup`` on."""
+        return tuple(self._units)
+
+    def subscribe(self, follow: Callable[[ScoredSamples], None]) -> Callable[[], None]:
+        """Call ``follow`` with every micro-batch of this rank that is scored (in_run).
+
+        From then on checkpoints hold the IHVPs too, so that a resumed run scores bit for bit as the
+        uninterrupted one does. Returns what ends the subscription.
+        """
+        return self._training.subscribe(follow)
 
     # -- Lightning ----------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 
 Summary = Literal["min", "max", "mean", "last"]
@@ -127,26 +127,6 @@ class LiveTable:
                 for row in rows[first : first + at_once]:
                     table.add_data(*row)
                 run.log({self.key: table, STEP_KEY: step})
-
-
-def run_folder(trainer: pl.Trainer, folder: str | None) -> Path:
-    """Where a callback writes: ``folder``, or ``mda/`` in the first logger's folder; on all ranks.
-
-    Without a logger it is ``mda/`` under ``trainer.default_root_dir``.
-    """
-    chosen = Path(folder) if folder is not None else _logger_folder(trainer) / "mda"
-    return Path(trainer.strategy.broadcast(str(chosen)))
-
-
-def _logger_folder(trainer: pl.Trainer) -> Path:
-    logger: Logger | None = trainer.loggers[0] if trainer.loggers else None
-    if logger is None or logger.save_dir is None:
-        return Path(trainer.default_root_dir)
-    if (log_dir := getattr(logger, "log_dir", None)) is not None:
-        return Path(log_dir)
-    version = logger.version
-    parts = [logger.name, f"version_{version}" if isinstance(version, int) else version]
-    return Path(logger.save_dir, *(str(part) for part in parts if part))
 
 
 def _wandb_runs(trainer: pl.Trainer) -> list[Any]:

@@ -18,9 +18,9 @@ from mda_lightning.callbacks.attachment import (
     warn_of_other_folder,
 )
 from mda_lightning.callbacks.checkpoint_writing import check_checkpointing, write_checkpoint
-from mda_lightning.callbacks.loggers import run_folder
 from mda_lightning.checkpoint_steps import CheckpointSteps
 from mda_lightning.files import write_json
+from mda_lightning.pretraining.run_folder import run_folder
 
 FOLDER_NAME = "checkpoints"
 INDEX_NAME = "checkpoints.json"

@@ -22,7 +22,7 @@ from mda_lightning.callbacks.attachment import (
     versions,
 )
 from mda_lightning.callbacks.live_report import Follower, LiveReport
-from mda_lightning.callbacks.loggers import define_metrics, log_scalars, log_summary, run_folder
+from mda_lightning.callbacks.loggers import define_metrics, log_scalars, log_summary
 from mda_lightning.callbacks.measuring import Measuring, NotFinite, Stopwatch
 from mda_lightning.callbacks.metric_keys import ScalarKeys, best_head
 from mda_lightning.callbacks.metric_table import Measurement, MetricTable
@@ -30,6 +30,7 @@ from mda_lightning.callbacks.monitor_output import TABLE_KEY, TABLE_NAME, Monito
 from mda_lightning.callbacks.pace import Pace
 from mda_lightning.measures import Measure
 from mda_lightning.mechanisms import Mechanism
+from mda_lightning.pretraining.run_folder import run_folder
 from mda_lightning.vocabulary import TokenizerLike
 
 __all__ = ["TABLE_NAME", "Measurement", "UnitMonitor"]
@@ -358,9 +359,8 @@ class UnitMonitor(pl.Callback):
         return trainer.is_global_zero and self.folder is not None and not is_rehearsal(trainer)
 
     def _write(self, trainer: pl.Trainer, *, final: bool) -> None:
-        if not self._may_write(trainer):
+        if self.folder is None or not self._may_write(trainer):
             return
-        assert self.folder is not None
         provenance = {
             "mechanisms": {m.name: m.settings() for m in self.mechanisms},
             "measures": {m.name: m.settings() for m in self.measures},

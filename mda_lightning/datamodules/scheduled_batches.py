@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from mda_lightning.corpora import TokenRows
-from mda_lightning.schedule import BASE, Schedule
+from mda_lightning.schedule import BASE, Schedule, ScheduledBatch
 
 Batch = dict[str, torch.Tensor]
 """tokens int64 [B, T + 1], sample_id int64 [B], weight float32 [B], provenance uint8 [B]."""
@@ -54,16 +54,33 @@ class ScheduledBatches(Dataset[Batch]):
         return len(self.schedule) * self.accumulate
 
     def __getitem__(self, number: int) -> Batch:
-        step, part = divmod(number, self.accumulate)
-        start = (part * self._world_size + self._rank) * self._size
-        mine = slice(start, start + self._size)
-        ids, weights, provenance = (array[mine] for array in self.schedule.batch(step))
+        ids, weights, provenance = self.scheduled(number, self.schedule)
         return {
             "tokens": torch.from_numpy(self.rows.get(ids)),
             "sample_id": torch.from_numpy(ids.copy()),
             "weight": torch.from_numpy(weights.copy()),
             "provenance": torch.from_numpy(provenance.copy()),
         }
+
+    def scheduled(self, number: int, schedule: Schedule) -> ScheduledBatch:
+        """What a schedule has for this rank's micro-batch; views."""
+        step, part = divmod(number, self.accumulate)
+        start = (part * self._world_size + self._rank) * self._size
+        mine = slice(start, start + self._size)
+        ids, weights, provenance = schedule.batch(step)
+        return ScheduledBatch(ids[mine], weights[mine], provenance[mine])
+
+    def corrected(self, number: int, batch: Batch, schedule: Schedule) -> Batch:
+        """A batch that was loaded by an earlier schedule, made that of ``schedule``, in place."""
+        ids, weights, provenance = self.scheduled(number, schedule)
+        differ = np.flatnonzero(batch["sample_id"].numpy() != ids)
+        if differ.size:
+            at = torch.from_numpy(differ)
+            batch["tokens"][at] = torch.from_numpy(self.rows.get(ids[differ]))
+            batch["sample_id"][at] = torch.from_numpy(ids[differ])
+        batch["weight"].copy_(torch.from_numpy(weights.copy()))
+        batch["provenance"].copy_(torch.from_numpy(provenance.copy()))
+        return batch
 
 
 class RowBatches(Dataset[Batch]):
@@ -119,10 +136,22 @@ class BatchLoader(DataLoader[Batch]):
 
     It has the two state methods by which Lightning tells that a loader can be resumed, and no state
     of its own: without them Lightning warns, on every exact resume, that it may not be exact.
+
+    Args:
+        batches: micro-batch number -> batch.
+        sampler: the numbers.
+        corrected: changes a batch in the training process when it is handed out, so that what was
+            decided since a worker loaded it holds; None hands it out as it was loaded.
     """
 
     def __init__(
-        self, batches: Dataset[Batch], sampler: FromPosition, *, num_workers: int, seed: int
+        self,
+        batches: Dataset[Batch],
+        sampler: FromPosition,
+        *,
+        num_workers: int,
+        seed: int,
+        corrected: Callable[[int, Batch], Batch] | None = None,
     ) -> None:
         # A generator of its own: a loader without one draws its seed from torch's global generator,
         # and a resumed run would draw another number of times than an uninterrupted one.
@@ -134,6 +163,14 @@ class BatchLoader(DataLoader[Batch]):
             generator=torch.Generator().manual_seed(seed),
             pin_memory=torch.cuda.is_available(),
         )
+        self._numbers = sampler
+        self._corrected = corrected
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own class
+        loaded: Iterator[Batch] = super().__iter__()
+        if self._corrected is None:
+            return loaded
+        return map(self._corrected, self._numbers, loaded)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see :meth:`TokenDataModule.state_dict`."""

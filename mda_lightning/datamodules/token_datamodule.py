@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import Dataset
 
-from mda_lightning.corpora import TokenRows
+from mda_lightning.corpora import JoinedRows, TokenRows
+from mda_lightning.datamodules.ledger_writer import LedgerWriter
 from mda_lightning.datamodules.resume import ResumeAtStep, StreamPosition
 from mda_lightning.datamodules.scheduled_batches import (
     Batch,
@@ -19,19 +20,21 @@ from mda_lightning.datamodules.scheduled_batches import (
     RowBatches,
     ScheduledBatches,
 )
-from mda_lightning.interventions import Plan
+from mda_lightning.interventions import Operation, Plan, operation_from
 from mda_lightning.schedule import BaseOrder, Schedule, StreamDigest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no online operations
 
 
 class TokenDataModule(pl.LightningDataModule):
     """Batches of token rows for a Trainer, with or without a plan.
 
     A batch is a dict: ``tokens`` int64 [B, T + 1], ``sample_id`` int64 [B], ``weight`` float32 [B]
-    and ``provenance`` uint8 [B] (:data:`~mda_lightning.schedule.BASE` or ``INSERTED``). The run is
-    one Lightning epoch of ``len(self.schedule)`` steps; passes over the corpus are the order's own.
-    Training resumes at the exact next sample from any checkpoint of a step or an exception.
+    and ``provenance`` uint8 [B] (:data:`~mda_lightning.schedule.BASE`, ``INSERTED`` or
+    ``REPLACED``). The run is one Lightning epoch of ``len(self.schedule)`` steps; passes over the corpus are the order's own.
+    Training resumes at the exact next sample from any checkpoint of a step, an exception or a
+    signal. What was trained on is written down in ``stream/`` in the run's folder; see
+    :class:`~mda_lightning.datamodules.ledger_writer.LedgerWriter`.
 
     Args:
         rows: the corpus, or its folder.
@@ -40,16 +43,25 @@ class TokenDataModule(pl.LightningDataModule):
         seed: of the base order.
         shuffle: False takes the rows in order.
         plan: what to change in the stream, or the file of a plan.
+        sources: folders of the corpora that the plan inserts from, by the names that it gives them;
+            those left out are looked for where the plan says.
         branch: allow to go on from a checkpoint of a run with another plan, where the two streams
             agree on everything that the checkpoint has already trained on.
         accumulate: micro-batches of a step; None takes the Trainer's ``accumulate_grad_batches``.
         num_workers: processes that load ahead; 0 loads in the training process.
         val_rows: a corpus for validation, or its folder.
+        folder: where the ledger is written; None is ``mda/`` in the logger's folder.
+        ledger: whether to write it.
+
+    Attributes:
+        plan: as given.
+        rows: the corpus, joined by those that the plan inserts from.
+        schedule: the stream: of the plan and, after :meth:`steer`, of what was decided since.
 
     Raises:
         FileNotFoundError: no corpus, or no plan, there.
         ValueError: a plan made for another corpus or order, or that does not fit; a corpus smaller
-            than one batch.
+            than one batch, or changed since the plan was made.
     """
 
     def __init__(
@@ -61,10 +73,13 @@ class TokenDataModule(pl.LightningDataModule):
         seed: int = 0,
         shuffle: bool = True,
         plan: Plan | str | None = None,
+        sources: Mapping[str, str] | None = None,
         branch: bool = False,
         accumulate: int | None = None,
         num_workers: int = 0,
         val_rows: TokenRows | str | None = None,
+        folder: str | None = None,
+        ledger: bool = True,
     ) -> None:
         super().__init__()
         self.rows = _opened(rows)
@@ -76,12 +91,15 @@ class TokenDataModule(pl.LightningDataModule):
                 f"one is {self.rows.content_hash[:12]} ({self.rows.folder}); its sample ids mean "
                 "other text here: use its corpus or build the plan again"
             )
+        self.rows = _with_sources(self.rows, self.plan, sources or {})
         order = BaseOrder(len(self.rows), batch_size, n_steps, seed, shuffle)
         self.schedule = Schedule(order, self.plan)
+        self._online: tuple[Operation, ...] = ()
         self.branch = branch
         self.num_workers = num_workers
         self._accumulate = accumulate
         self._seed = seed
+        self._ledger_folder, self._ledger = folder, ledger
         self._position = StreamPosition(accumulate=accumulate or 1)
         self._digest = StreamDigest(self.schedule)
 
@@ -108,15 +126,47 @@ class TokenDataModule(pl.LightningDataModule):
                 "n_steps (passes over the corpus belong to the schedule, not to Lightning's epochs)"
             )
         self._position.begin(asked)
+        # A checkpoint's operations, where there is one, are read after this.
+        self._set_online(())
         # What an interrupted fit left behind goes: Lightning calls no teardown on an exception.
-        others = [c for c in trainer.callbacks if not isinstance(c, ResumeAtStep)]
-        trainer.callbacks = [ResumeAtStep(self._position), *others]
+        mine: list[Any] = [ResumeAtStep(self._position)]
+        if self._ledger:
+            mine.append(LedgerWriter(self, self._ledger_folder))
+        trainer.callbacks = [*mine, *_without_own(trainer.callbacks)]
 
     def teardown(self, stage: str) -> None:
         """Take back what ``setup`` gave the Trainer."""
         trainer: Any = self.trainer
         if stage == "fit" and trainer is not None:
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ResumeAtStep)]
+            trainer.callbacks = _without_own(trainer.callbacks)
+
+    def steer(self, operations: Sequence[Operation], from_step: int) -> None:
+        """Change the stream from a step on, while it is being trained on.
+
+        It holds for the next batch, whatever number of workers load ahead: the training process
+        puts right what they have loaded. Every rank must be told the same. The operations are kept
+        in checkpoints, and ``schedule.plan`` has them after the plan's own: a run of its own under
+        that plan trains on the same batches.
+
+        Args:
+            operations: ``Mask(..., online=True)`` or ``Insert(..., online=True)``.
+            from_step: the first step, ``global_step`` or later, whose samples may change.
+
+        Raises:
+            ValueError: an operation of another kind, or one that would change what has been
+                trained on; an insertion that does not fit.
+        """
+        trainer = self.trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            consumed = self._position.consumed_steps(trainer)
+            if from_step < consumed:
+                raise ValueError(
+                    f"the stream cannot be changed from step {from_step}: {consumed} steps have "
+                    f"been trained; steer from step {consumed} or later"
+                )
+        self.schedule = self.schedule.extended(operations, from_step)
+        self._online += tuple(operations)
+        self._digest.schedule = self.schedule
 
     def train_dataloader(self) -> BatchLoader:
         """This rank's micro-batches, from the position that was restored, if any."""
@@ -127,8 +177,20 @@ class TokenDataModule(pl.LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
             rank=self.trainer.global_rank if self.trainer else 0,
         )
-        sampler = FromPosition(len(batches), lambda: self._position.start)
-        return self._loader(batches, sampler)
+        loaded_by = self.schedule
+
+        def corrected(number: int, batch: Batch) -> Batch:
+            if self.schedule is loaded_by:
+                return batch
+            return batches.corrected(number, batch, self.schedule)
+
+        return BatchLoader(
+            batches,
+            FromPosition(len(batches), lambda: self._position.start),
+            num_workers=self.num_workers,
+            seed=self._seed,
+            corrected=corrected,
+        )
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         """The rows of ``val_rows`` in order; empty without them."""
@@ -141,7 +203,12 @@ class TokenDataModule(pl.LightningDataModule):
             world_size=world_size,
             rank=self.trainer.global_rank if self.trainer else 0,
         )
-        return self._loader(batches, FromPosition(len(batches), lambda: 0))
+        return BatchLoader(
+            batches,
+            FromPosition(len(batches), lambda: 0),
+            num_workers=self.num_workers,
+            seed=self._seed,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream and what identifies the stream; JSON values."""
@@ -154,6 +221,7 @@ class TokenDataModule(pl.LightningDataModule):
             "corpus_hash": self.rows.content_hash,
             "order_hash": self.schedule.order.content_hash,
             "plan_hash": self.plan.content_hash,
+            "online": [op.describe() for op in self._online],
             "stream_hash": self._digest.at(step),
         }
 
@@ -177,12 +245,15 @@ class TokenDataModule(pl.LightningDataModule):
                     "shuffle, or load the weights only"
                 )
         step, stream_hash = state_dict["step"], state_dict["stream_hash"]
+        same_plan = state_dict["plan_hash"] == self.plan.content_hash
+        if same_plan:
+            self._set_online([operation_from(item) for item in state_dict.get("online", ())])
         if step > len(self.schedule):
             raise ValueError(
                 f"the checkpoint has trained {step} steps, this schedule has only "
                 f"{len(self.schedule)}; raise n_steps"
             )
-        if state_dict["plan_hash"] != self.plan.content_hash:
+        if not same_plan:
             self._check_branch(step, stream_hash, state_dict["plan_hash"])
         self._position.start_step = step
         self._position.restored = True
@@ -202,8 +273,43 @@ class TokenDataModule(pl.LightningDataModule):
                 f"plan's windows at step {step} or later, or branch from an earlier checkpoint"
             )
 
-    def _loader(self, batches: Dataset[Batch], sampler: FromPosition) -> BatchLoader:
-        return BatchLoader(batches, sampler, num_workers=self.num_workers, seed=self._seed)
+    def _set_online(self, operations: Sequence[Operation]) -> None:
+        if not operations and not self._online:
+            return
+        self._online = tuple(operations)
+        self.schedule = Schedule(self.schedule.order, self.plan.with_operations(operations))
+        self._digest = StreamDigest(self.schedule)
+
+
+def _without_own(callbacks: Sequence[Any]) -> list[Any]:
+    return [c for c in callbacks if not isinstance(c, (ResumeAtStep, LedgerWriter))]
+
+
+def _with_sources(rows: TokenRows, plan: Plan, folders: Mapping[str, str]) -> TokenRows:
+    """The corpus, joined by those that a plan inserts from."""
+    unknown = sorted(set(folders) - {source.name for source in plan.sources})
+    if unknown:
+        raise ValueError(
+            f"sources names {unknown[0]!r}, plan {plan.name!r} inserts from "
+            f"{', '.join(repr(s.name) for s in plan.sources) or 'the corpus alone'}"
+        )
+    others = {}
+    for source in plan.sources:
+        folder = folders.get(source.name, source.path)
+        if folder is None or not (Path(folder) / "meta.json").is_file():
+            raise FileNotFoundError(
+                f"plan {plan.name!r} inserts samples of {source.name!r}, and there is no corpus at "
+                f"{folder}; give its folder: sources={{{source.name!r}: ...}}"
+            )
+        found = TokenRows.open(folder)
+        if found.content_hash != source.content_hash:
+            raise ValueError(
+                f"plan {plan.name!r} was made with source {source.content_hash[:12]} of "
+                f"{source.name!r}, {folder} is {found.content_hash[:12]}; it has changed since: "
+                "build the plan again"
+            )
+        others[source.namespace] = found
+    return JoinedRows(rows, others) if others else rows
 
 
 def _opened(rows: TokenRows | str | Path) -> TokenRows:

@@ -219,7 +219,7 @@ class Study:
         }
         bind: dict[str, Any] = {
             "corpus_hash": self.rows.content_hash,
-            "order_hash": order.content_hash,
+            "order": order,
             "seed": seed,
             "source": source,
         }

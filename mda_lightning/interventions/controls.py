@@ -1,0 +1,70 @@
+"""Random controls: the same operations on random samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mda_lightning.base_order import BaseOrder
+from mda_lightning.interventions.operations import Insert, Mask, Operation, Replace, as_ids
+from mda_lightning.shuffling import key_of, keyed_order
+
+
+def controlled(
+    operations: Sequence[Operation],
+    order: BaseOrder | None,
+    pool_ids: ArrayLike,
+    seed: int,
+    *,
+    exclude: ArrayLike | None = None,
+) -> tuple[Operation, ...]:
+    """The operations with a random stand-in for every sample; see :meth:`Plan.random_control`."""
+    treated = _unique([_substituted(op, order) for op in operations])
+    excluded = _unique([treated, *(op.named_ids for op in operations)])
+    if exclude is not None:
+        excluded = np.union1d(excluded, as_ids(exclude))
+    pool = np.setdiff1d(as_ids(pool_ids), excluded)
+    if len(pool) < len(treated):
+        raise ValueError(
+            f"the random control needs {len(treated)} samples besides the treated and excluded "
+            f"ones, the pool has {len(pool)}; treat a smaller fraction or widen the pool"
+        )
+    drawn = pool[keyed_order(key_of("random control", seed), len(pool))[: len(treated)]]
+
+    def stand_ins(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return drawn[np.searchsorted(treated, ids)]
+
+    def on_stand_ins(op: Operation) -> Operation:
+        if isinstance(op, Mask | Insert):
+            return dataclasses.replace(op, sample_ids=stand_ins(op.sample_ids))
+        if isinstance(op, Replace):
+            return dataclasses.replace(op, by=stand_ins(_substituted(op, order)), by_steps=None)
+        return dataclasses.replace(op, draw=op.draw + 1 + abs(seed))
+
+    return tuple(on_stand_ins(op) for op in operations)
+
+
+def _substituted(op: Operation, order: BaseOrder | None) -> NDArray[np.int64]:
+    """The samples that get a stand-in; of a replacement, those that come in."""
+    if not isinstance(op, Replace):
+        return op.named_ids
+    if op.by is not None:
+        return op.by
+    assert op.by_steps is not None
+    if order is None:
+        raise ValueError(
+            f"which samples steps {op.by_steps} hold depends on the base order; tie the plan to it "
+            "with bound(order=...) before drawing a control"
+        )
+    size = order.batch_size
+    # No more than there are places: what does not come in needs no stand-in.
+    n = min(op.by_steps[1] - op.by_steps[0], op.steps[1] - op.steps[0]) * size
+    start = op.by_steps[0] * size
+    return np.unique(order.at(np.arange(start, start + n, dtype=np.int64)))
+
+
+def _unique(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))

@@ -1,0 +1,145 @@
+"""Operations on samples at their places: replaced, pruned and masked ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mda_lightning.base_order import BaseOrder
+from mda_lightning.interventions.operations import Mask, Operation, Prune, Replace, Steps
+from mda_lightning.interventions.plan import Plan
+from mda_lightning.schedule.placing import find
+from mda_lightning.shuffling import key_of, keyed_numbers, permute
+
+
+class BaseChanges:
+    """A plan's replacements and prunings, which are functions of the base position."""
+
+    def __init__(self, order: BaseOrder, plan: Plan) -> None:
+        self._order = order
+        seed = plan.seed or 0
+        self._replacements = [
+            (key_of("replacement", seed, number), op)
+            for number, op in enumerate(plan.operations)
+            if isinstance(op, Replace)
+        ]
+        self._prunings = [
+            (key_of("pruning", seed, number, op.draw), op)
+            for number, op in enumerate(plan.operations)
+            if isinstance(op, Prune)
+        ]
+
+    def apply(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Write what comes in over ``ids`` [n] at base ``positions`` [n]; returns where, [n]."""
+        changed = np.zeros(len(ids), bool)
+        if not self._replacements:
+            return changed
+        base = ids.copy()
+        for key, op in self._replacements:
+            inside = self._inside(positions, op.steps)
+            if not inside.any():
+                continue
+            if op.sample_ids is not None and op.by is not None:
+                place, named = find(op.sample_ids, base)
+                hit = inside & named
+                ids[hit] = op.by[place[hit]]
+            else:
+                hit = inside
+                offsets = positions[hit] - op.steps[0] * self._order.batch_size
+                ids[hit] = self._coming_in(key, op, offsets)
+            changed |= hit
+        return changed
+
+    def kept(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What prunings multiply the weights at base ``positions`` [n] by; float32 [n]."""
+        weights = np.ones(len(positions), np.float32)
+        for key, op in self._prunings:
+            inside = np.flatnonzero(self._inside(positions, op.steps))
+            if not inside.size:
+                continue
+            start, end = self._window(op.steps)
+            # A place is pruned whose image under a permutation of the window is a low number.
+            ranks = permute(positions[inside] - start, end - start, keys=key)
+            weights[inside[ranks < round(op.fraction * (end - start))]] *= op.weight
+        return weights
+
+    def _coming_in(
+        self, key: np.uint64, op: Replace, offsets: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        if op.by_steps is not None:
+            start, end = self._window(op.by_steps)
+            return self._order.at(start + offsets % (end - start))
+        assert op.by is not None
+        rounds, within = np.divmod(offsets, len(op.by))
+        return op.by[permute(within, len(op.by), keys=keyed_numbers(key, rounds))]
+
+    def _window(self, steps: Steps | None) -> tuple[int, int]:
+        size = self._order.batch_size
+        first, last = (0, self._order.n_steps) if steps is None else steps
+        return first * size, last * size
+
+    def _inside(self, positions: NDArray[np.int64], steps: Steps | None) -> NDArray[np.bool_]:
+        start, end = self._window(steps)
+        return (positions >= start) & (positions < end)
+
+
+class Masks:
+    """A plan's masks, of which an online run may have one for every step."""
+
+    def __init__(self, order: BaseOrder, plan: Plan) -> None:
+        self._size = order.batch_size
+        self._masks: list[Mask] = []
+        self._windows = np.empty((0, 3), np.int64)  # first and last position, whether of the run
+        self._add(plan.operations)
+
+    def extended(self, operations: Sequence[Operation]) -> Masks:
+        """These and more."""
+        more = copy.copy(self)
+        more._masks = list(self._masks)
+        more._add(operations)
+        return more
+
+    def weights(
+        self,
+        ids: NDArray[np.int64],
+        base_positions: NDArray[np.int64],
+        run_positions: NDArray[np.int64],
+        *,
+        base: NDArray[np.bool_],
+        by_shift: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Weights float32 [n] of samples at these places.
+
+        Args:
+            ids, base_positions, run_positions: [n].
+            base: [n], whether the base order put the sample there.
+            by_shift: [n], whether a shift did.
+        """
+        weights = np.ones(len(ids), np.float32)
+        clocks = (base_positions, run_positions)
+        starts, ends, by_run = self._windows.T
+        meets = np.zeros(len(starts), bool)
+        for clock, positions in enumerate(clocks):
+            meets |= (by_run == clock) & (starts <= positions[-1]) & (ends > positions[0])
+        for number in np.flatnonzero(meets):
+            mask, positions = self._masks[number], clocks[by_run[number]]
+            hit = (positions >= starts[number]) & (positions < ends[number])
+            if mask.occurrences == "base":
+                hit &= base
+            hit[hit] = find(mask.sample_ids, ids[hit])[1]
+            weights[hit] = weights[hit] * mask.weight if mask.online else mask.weight
+        return weights
+
+    def _add(self, operations: Sequence[Operation]) -> None:
+        masks = [op for op in operations if isinstance(op, Mask)]
+        windows = np.array([self._window(mask) for mask in masks], np.int64).reshape(-1, 3)
+        self._masks += masks
+        self._windows = np.concatenate([self._windows, windows])
+
+    def _window(self, mask: Mask) -> tuple[int, int, int]:
+        first, last = (0, 2**62) if mask.steps is None else mask.steps
+        end = last if mask.steps is None else last * self._size
+        return first * self._size, end, int(mask.clock == "run")
