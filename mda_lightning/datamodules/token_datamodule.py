@@ -31,7 +31,8 @@ class TokenDataModule(pl.LightningDataModule):
 
     A batch is a dict: ``tokens`` int64 [B, T + 1], ``sample_id`` int64 [B], ``weight`` float32 [B]
     and ``provenance`` uint8 [B] (:data:`~mda_lightning.schedule.BASE`, ``INSERTED`` or
-    ``REPLACED``). The run is one Lightning epoch of ``len(self.schedule)`` steps; passes over the corpus are the order's own.
+    ``REPLACED``). The run is one Lightning epoch of ``len(self.schedule)`` steps; passes over the
+    corpus are the order's own.
     Training resumes at the exact next sample from any checkpoint of a step, an exception or a
     signal. What was trained on is written down in ``stream/`` in the run's folder; see
     :class:`~mda_lightning.datamodules.ledger_writer.LedgerWriter`.

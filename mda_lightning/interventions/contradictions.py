@@ -60,14 +60,15 @@ def _mask_of_what_is_replaced(mask: Mask, replace: Replace) -> str:
         return ""
     if replace.sample_ids is not None:
         both = np.intersect1d(mask.sample_ids, replace.sample_ids, assume_unique=True)
-        return f"sample {both[0]} is both masked and replaced in overlapping steps" * bool(
-            both.size
+        if both.size:
+            return f"sample {both[0]} is both masked and replaced in overlapping steps"
+        return ""
+    if mask.steps is not None and _within(mask.steps, replace.steps):
+        return (
+            f"a mask of base samples in steps {mask.steps} meets none: all places of steps "
+            f"{replace.steps} are replaced"
         )
-    inside = mask.steps is not None and _within(mask.steps, replace.steps)
-    return (
-        f"a mask of base samples in steps {mask.steps} meets none: all places of steps "
-        f"{replace.steps} are replaced" * inside
-    )
+    return ""
 
 
 def _mask_of_what_is_inserted(mask: Mask, insert: Insert) -> str:
