@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -97,6 +97,25 @@ class RecentSequences:
         self.n_held = 0
         if tokens is not None:
             self.add(tokens.to(torch.int64), None)
+
+    def exact_state(self) -> list[list[Tensor | None]]:
+        """Tokens and weights of every batch held, masked ones too, on the CPU.
+
+        What :meth:`state` leaves out (how sequences came in batches, which did not count) does not
+        change what the curvature is estimated on, only its last bits and when it is full.
+        """
+        return [
+            [tokens.cpu().to(torch.int32), None if weights is None else weights.cpu()]
+            for tokens, weights in self._batches
+        ]
+
+    def restore_exactly(self, batches: Sequence[Sequence[Tensor | None]]) -> None:
+        """Take up what :meth:`exact_state` gave."""
+        self._batches.clear()
+        self.n_held = 0
+        for tokens, weights in batches:
+            assert tokens is not None
+            self.add(tokens.to(torch.int64), weights)
 
 
 def _without_first(held: Held, count: int) -> Held:

@@ -21,7 +21,7 @@ from mda_lightning.influence.inverse_probes import (
     warn_of_unscored,
 )
 from mda_lightning.mechanisms import Mechanism
-from mda_lightning.units import Head
+from mda_lightning.units import Head, parse_unit
 
 
 class BatchScores(NamedTuple):
@@ -106,7 +106,7 @@ class InRunScorer:
         self._ihvps |= solved.ihvps
         self.taken_at |= dict.fromkeys(names, step)
         for name, ihvp in solved.ihvps.items():
-            self.unscored[name] = {unit for (unit, _), v in ihvp.items() if bool(v.isnan().any())}
+            self.unscored[name] = _unscored(ihvp)
         self._listened_for = ()
         return solved.provenance
 
@@ -123,6 +123,26 @@ class InRunScorer:
         }
         none: dict[str, list[Head]] = {name: [] for name in ihvps}
         return InverseProbes(ihvps, {"curvature": None}, none, none)
+
+    def state(self) -> dict[str, Any]:
+        """The IHVPs, by which a run that goes on scores as this one would have; on the CPU."""
+        return {
+            "taken_at": dict(self.taken_at),
+            "ihvps": {
+                name: [[str(unit), block, v.cpu()] for (unit, block), v in own.items()]
+                for name, own in self._ihvps.items()
+            },
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self._ihvps = {
+            name: {(parse_unit(u), block): v.to(self._model.device) for u, block, v in own}
+            for name, own in state["ihvps"].items()
+        }
+        self.taken_at = dict(state["taken_at"])
+        self.unscored = {name: _unscored(own) for name, own in self._ihvps.items()}
+        self._listened_for = ()
 
     def start(
         self, names: Collection[str], tokens: Tensor, weights: Tensor | None
@@ -179,6 +199,10 @@ class InRunScorer:
     def remove(self) -> None:
         """Take every hook off; may be called more than once."""
         self._step.remove()
+
+
+def _unscored(ihvp: BlockVector) -> set[Head]:
+    return {unit for (unit, _), v in ihvp.items() if bool(v.isnan().any())}
 
 
 def _ratio(found: StepScores, expected: Tensor) -> tuple[Tensor | None, LossScale]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from mda_lightning.architectures import check_token_ids, describe
 from mda_lightning.callbacks.attachment import UnsupportedTrainerError, is_rehearsal
-from mda_lightning.callbacks.critical_window import CriticalWindow
 from mda_lightning.callbacks.loggers import log_file, log_scalars
 from mda_lightning.callbacks.probe_scope import probe_scope
 from mda_lightning.callbacks.scoring.batch_fields import (
@@ -35,31 +34,12 @@ from mda_lightning.callbacks.scoring.in_run import BatchScores, InRunScorer
 from mda_lightning.callbacks.scoring.needs import nothing_came, to_summed_loss
 from mda_lightning.callbacks.scoring.not_finite import NotFinite
 from mda_lightning.callbacks.scoring.output import provenance_of, scores_folder, warn_of_nothing
+from mda_lightning.callbacks.scoring.scored import Scored, ScoredSamples
 from mda_lightning.callbacks.scoring.when import When
 from mda_lightning.influence import weights_hash
 from mda_lightning.influence.inverse_probes import CurvatureSettings
-from mda_lightning.mechanisms import Mechanism
 from mda_lightning.store import ScoreRows, ScoreWriter
 from mda_lightning.units import Head
-from mda_lightning.window import Phase
-
-
-@dataclass
-class Scored:
-    """A mechanism that is scored, the window that it follows, and its rows of this rank."""
-
-    mechanism: Mechanism
-    window: CriticalWindow | None = None
-    writer: ScoreWriter | None = None
-    not_finite: NotFinite = field(default_factory=NotFinite)
-
-    @property
-    def name(self) -> str:
-        return self.mechanism.name
-
-    @property
-    def phase(self) -> Phase:
-        return "before" if self.window is None else self.window.phase
 
 
 @dataclass(frozen=True)
@@ -99,25 +79,43 @@ class TrainingScores:
         # Of this fit. The first batch and the first backward are checked before a window opens.
         self._checked_batch = self._checking_backward = False
         self._scales: Counter[str] = Counter()  # steps by what became of the loss's scale
+        self._subscribers: list[Callable[[ScoredSamples], None]] = []
+        # Once somebody acts on the scores, a resumed run must go on with the very same IHVPs.
+        self._is_exact = False
+        self._former: Mapping[str, Any] | None = None
+
+    def subscribe(self, follow: Callable[[ScoredSamples], None]) -> Callable[[], None]:
+        """Call ``follow`` with every micro-batch that is scored; returns what ends it."""
+        self._is_exact = True
+        self._subscribers.append(follow)
+        return lambda: self._subscribers.remove(follow)
 
     # -- state --------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return {
+        state: dict[str, Any] = {
             "recent": self._recent.state(),
             "refreshes": [dict(one) for one in self.refreshes],
             "curvature": dict(self._curvature),
         }
+        if self._is_exact:
+            ihvps = self._former if self._scorer is None else self._scorer.state()
+            state["exact"] = {"recent": self._recent.exact_state(), "ihvps": ihvps}
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._recent.restore(state["recent"])
         self.refreshes = [dict(one) for one in state["refreshes"]]
         self._curvature = dict(state["curvature"])
+        if "exact" in state:
+            self._recent.restore_exactly(state["exact"]["recent"])
+            self._former, self._is_exact = state["exact"]["ihvps"], True
 
     def forget(self) -> None:
         """A new run; a checkpoint's state, if there is one, is loaded after this."""
         self._recent = RecentSequences(self._settings.n_curvature)
         self.refreshes, self._curvature = [], {}
+        self._former, self._scorer = None, None
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a fixed set of sequences that the model cannot read.
@@ -159,6 +157,9 @@ class TrainingScores:
             one.not_finite = NotFinite()
         self._fixed = self._fixed_sequences()
         self._scorer = InRunScorer(model, {one.name: one.mechanism for one in scored}, units)
+        if self._former is not None:
+            self._scorer.restore(self._former)
+            self._former = None
 
     def before_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         """Refresh where it is due, and listen if a mechanism is active."""
@@ -208,9 +209,11 @@ class TrainingScores:
             values = found.values[one.name]
             scored = [u for u in self._units if u not in scorer.unscored[one.name]]
             one.not_finite.look(one.name, step, batch, values, self._units, scored)
+            at = (step, scorer.taken_at[one.name])
+            for follow in list(self._subscribers):
+                follow(ScoredSamples(one.name, *at, batch.ids, values))
             if is_rehearsal(trainer):
                 continue
-            at = (step, scorer.taken_at[one.name])
             steps = [np.full(len(batch.ids), number, np.int64) for number in at]
             self._writer(trainer, one).add(
                 ScoreRows(batch.ids.numpy(), steps[0], values.numpy(), found.loss.numpy(), steps[1])
