@@ -131,9 +131,7 @@ class TokenRows:
                 np.save(part / "domains.npy", codes)
             if tokenizer_json is not None:
                 (part / "tokenizer.json").write_text(tokenizer_json, "utf-8")
-            content_hash = sha256_of(
-                stored, "|".join(names), codes if codes is not None else "", tokenizer_json or ""
-            )
+            content_hash = _hash_of(stored, names, codes, tokenizer_json)
             meta = {
                 "kind": "token_rows",
                 "schema_version": SCHEMA_VERSION,
@@ -191,6 +189,12 @@ class TokenRows:
         tokenizer = self._get_tokenizer()
         return [str(tokenizer.decode([t], skip_special_tokens=False)) for t in _as_list(tokens)]
 
+    def recomputed_hash(self) -> str:
+        """``content_hash`` of the files as they are now, all of which it reads."""
+        tokenizer = self.folder / "tokenizer.json"
+        tokenizer_json = tokenizer.read_text("utf-8") if tokenizer.is_file() else None
+        return _hash_of(self._rows, self.domain_names, self._domains, tokenizer_json)
+
     def _checked(self, ids: ArrayLike) -> NDArray[np.int64]:
         array = np.asarray(ids, dtype=np.int64)
         if array.size and not 0 <= array.min() <= array.max() < len(self):
@@ -225,6 +229,15 @@ def _check_rows(rows: NDArray[Any]) -> int:
     if smallest < 0:
         raise ValueError(f"token id {smallest} is negative; token ids count from 0")
     return largest
+
+
+def _hash_of(
+    rows: NDArray[Any],
+    names: Sequence[str],
+    codes: NDArray[Any] | None,
+    tokenizer_json: str | None,
+) -> str:
+    return sha256_of(rows, "|".join(names), "" if codes is None else codes, tokenizer_json or "")
 
 
 def _coded(
