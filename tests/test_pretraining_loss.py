@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mda_lightning.corpora import TokenRows
+from mda_lightning.datamodules import TokenDataModule
+from mda_lightning.interventions import Plan
 from mda_lightning.pretraining import PythiaModule
 from mda_lightning.pretraining.loss import sequence_losses, weighted_loss
 
@@ -149,6 +152,36 @@ def test_an_update_is_the_same_on_two_ranks(tmp_path: Path, normalize: str) -> N
         devices=2,
     )
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accumulate"), [(1, 1), (1, 4), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
+def test_a_plans_mask_is_the_gradient_of_the_kept_samples(
+    tmp_path: Path, ranks: int, accumulate: int
+) -> None:
+    """From the plan to the update: masked ids, over the original batch, however it is cut."""
+    rows = TokenRows.write(tmp_path / "rows", TOKENS.numpy(), vocab_size=32, provenance={})
+    plan = Plan.mask([1, 4, 5], steps=(0, 1)) | Plan.mask([6], weight=0.5)
+    data = TokenDataModule(rows, batch_size=8, n_steps=1, shuffle=True, plan=plan)
+    module = PythiaModule(TINY, gradient_clip=None)
+    expected = expected_gradient(module)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy="auto" if ranks == 1 else "ddp_spawn",
+        devices=ranks,
+        accumulate_grad_batches=accumulate,
+        max_steps=1,
+        limit_val_batches=0,  # a validation would clear the gradient
+        callbacks=[Gradients(tmp_path / "gradients.pt")],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, datamodule=data)
+    assert_same(torch.load(tmp_path / "gradients.pt"), expected)
 
 
 def test_masked_whole_steps_leave_only_decay(tmp_path: Path) -> None:

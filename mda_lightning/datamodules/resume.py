@@ -33,14 +33,9 @@ class StreamPosition:
 
         ``processed`` is the one counter that is right both in ``on_train_batch_end``, where
         checkpoints are saved before ``completed`` is counted, and on an exception, when ``ready``
-        already counts the batch that failed. Between the optimizer's step and that counter, where
-        a signal may have a checkpoint saved, ``global_step`` is ahead of it.
+        already counts the batch that failed.
         """
-        consumed = int(_batch_progress(trainer).current.processed) // self.accumulate
-        module = trainer.lightning_module
-        if module.automatic_optimization and len(trainer.optimizers) == 1:
-            return max(consumed, trainer.global_step)
-        return consumed
+        return int(_batch_progress(trainer).current.processed) // self.accumulate
 
     def begin(self, accumulate: int) -> None:
         """Forget an earlier fit; a checkpoint, where there is one, is read after this."""
