@@ -1,0 +1,426 @@
+"""The ledger of real runs: what the training step saw, and a check that finds what was changed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
+from test_datamodule import BATCH, PLAN, STEPS, Recorder, every_step, expected
+
+from mda_lightning.corpora import TokenRows
+from mda_lightning.datamodules import TokenDataModule
+from mda_lightning.interventions import Mask, Plan
+from mda_lightning.recipes.plan_verify import VerifyReport, verify_run
+from mda_lightning.schedule.ledger import Ledger
+from mda_lightning.schedule.ledger_file import parts_of
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
+    tokens = np.random.default_rng(0).integers(0, 50, (24, 6))
+    return TokenRows.write(tmp_path_factory.mktemp("rows") / "c", tokens, provenance={})
+
+
+def stream(rows: TokenRows, folder: Path, plan: Plan | None = None, **more: Any) -> TokenDataModule:
+    settings = {"batch_size": BATCH, "n_steps": STEPS, "seed": 3, "folder": str(folder)}
+    return TokenDataModule(rows, plan=plan, **(settings | more))
+
+
+def fit(
+    module: pl.LightningModule,
+    data: TokenDataModule,
+    *callbacks: Callback,
+    ckpt_path: Path | None = None,
+    **trainer: Any,
+) -> pl.Trainer:
+    settings = {
+        "max_steps": len(data.schedule),
+        "callbacks": list(callbacks),
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": bool(callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    fitted = pl.Trainer(**(settings | trainer))
+    fitted.fit(module, datamodule=data, ckpt_path=ckpt_path and str(ckpt_path))
+    return fitted
+
+
+def recorded(folder: Path) -> list[tuple[int, int, float, int]]:
+    """The ledger in the form of what Recorder saw in its training steps."""
+    ledger = Ledger.open(folder)
+    return [
+        (int(row.step), int(row.sample_id), float(row.weight), int(row.provenance))
+        for first, last in ledger.steps
+        for row in ledger.frame(first, last).itertuples()
+    ]
+
+
+def verified(folder: Path) -> VerifyReport:
+    report = verify_run(folder)
+    assert report.ok, report.lines()
+    return report
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["base", "plan"])
+def test_a_run_leaves_what_its_training_step_saw(
+    rows: TokenRows, tmp_path: Path, plan: Plan | None, accumulate: int, workers: int
+) -> None:
+    """And trains to the same weight as one without a ledger."""
+    module, without = Recorder(), Recorder()
+    data = stream(rows, tmp_path, plan, num_workers=workers)
+    fit(module, data, accumulate_grad_batches=accumulate)
+    fit(without, stream(rows, tmp_path, plan, ledger=False), accumulate_grad_batches=accumulate)
+    assert torch.equal(module.weight, without.weight)
+
+    n_steps = len(data.schedule)
+    assert module.seen == recorded(tmp_path) == expected(data.schedule)
+    (line,) = (line for line in verified(tmp_path).verified if "places" in line)
+    assert line.startswith(f"steps 0..{n_steps - 1}: {n_steps * BATCH} places, as the plan says")
+    masked = sum(weight == 0 for _, _, weight, _ in module.seen)
+    assert line.endswith(
+        f": {masked} masked, 5 inserted" if plan else ", none masked, inserted or replaced"
+    )
+    about = Ledger.open(tmp_path).provenance
+    assert about["complete"] and about["steps"] == [0, n_steps]
+    assert about["corpus_hash"] == rows.content_hash
+    assert about["attempts"][0]["micro_batch"] == BATCH // accumulate
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_goes_on_with_its_ledger(
+    rows: TokenRows, tmp_path: Path, accumulate: int
+) -> None:
+    """From a step, so that steps are done again, and from an exception between micro-batches."""
+    whole, folder = Recorder(), tmp_path / "run"
+    fit(whole, stream(rows, folder, PLAN), every_step(tmp_path), accumulate_grad_batches=accumulate)
+
+    resumed = Recorder()
+    checkpoint = tmp_path / "step=4.ckpt"
+    arguments: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    fit(resumed, stream(rows, folder, PLAN), ckpt_path=checkpoint, **arguments)
+    assert recorded(folder) == whole.seen
+    about = Ledger.open(folder).provenance
+    assert [attempt["start_step"] for attempt in about["attempts"]] == [0, 4]
+    assert about["began_from"] is None
+    verified(folder)
+
+    failing = Recorder(fail_at=6 * accumulate + accumulate - 1)
+    on_exception = OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        fit(failing, stream(rows, folder, PLAN), on_exception, **arguments)
+    assert recorded(folder) == whole.seen[: 6 * BATCH], "half a step is not trained on"
+    report = verified(folder)
+    assert any(
+        "has not come to its end" in note and "step 6 of 11" in note for note in report.notes
+    )
+
+    fit(Recorder(), stream(rows, folder, PLAN), ckpt_path=tmp_path / "failed.ckpt", **arguments)
+    assert recorded(folder) == whole.seen
+    assert not verified(folder).notes
+
+
+def test_a_run_resumed_with_other_micro_batches(rows: TokenRows, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fit(Recorder(), stream(rows, folder, PLAN), every_step(tmp_path))
+    resume = stream(rows, folder, PLAN)
+    fit(Recorder(), resume, ckpt_path=tmp_path / "step=5.ckpt", accumulate_grad_batches=4)
+    assert recorded(folder) == expected(resume.schedule)
+    verified(folder)
+
+
+def test_a_branch_says_where_it_began(rows: TokenRows, tmp_path: Path) -> None:
+    fit(Recorder(), stream(rows, tmp_path / "base"), every_step(tmp_path))
+    module, checkpoint = Recorder(), tmp_path / "step=5.ckpt"
+    data = stream(rows, tmp_path / "branch", PLAN, branch=True)
+    fit(module, data, ckpt_path=checkpoint)
+    assert recorded(tmp_path / "branch") == module.seen == expected(data.schedule, first=5)
+    began = Ledger.open(tmp_path / "branch").provenance["began_from"]
+    assert began["step"] == 5 and began["plan_hash"] == Plan().content_hash
+    report = verified(tmp_path / "branch")
+    assert any(
+        line.startswith("the run began at step 5 from a checkpoint that was trained with plan")
+        for line in report.verified
+    )
+    assert any(line.startswith("steps 5..10: 24 places") for line in report.verified)
+    assert recorded(tmp_path / "base") == expected(stream(rows, tmp_path).schedule)
+
+    # A plan that is not the parent's up to there is told, whatever the folder says.
+    told = tmp_path / "branch" / "stream" / "stream.json"
+    value = json.loads(told.read_text())
+    value["began_from"]["stream_hash"] = "0" * 64
+    told.write_text(json.dumps(value))
+    assert any("were others" in line for line in verify_run(tmp_path / "branch").differences)
+
+    # In the parent's folder a branch goes on with the parent's ledger.
+    fit(Recorder(), stream(rows, tmp_path / "base", PLAN, branch=True), ckpt_path=checkpoint)
+    assert recorded(tmp_path / "base") == expected(data.schedule)
+    verified(tmp_path / "base")
+
+
+def test_a_new_run_replaces_an_earlier_one(rows: TokenRows, tmp_path: Path) -> None:
+    fit(Recorder(), stream(rows, tmp_path, PLAN))
+    shorter = stream(rows, tmp_path, n_steps=3)
+    fit(Recorder(), shorter)
+    assert recorded(tmp_path) == expected(shorter.schedule)
+    verified(tmp_path)
+
+
+class Steering(Callback):
+    """Masks and inserts while the run goes on; changes weights of the batch at hand in place."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        data: TokenDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if step == 3:
+            ids = batch["sample_id"][:2].numpy()
+            mask = Mask(ids, (3, 4), clock="run", online=True)
+            data.steer([mask], from_step=3)
+            batch["weight"].copy_(torch.from_numpy(data.schedule.batch(3).weights.copy()))
+
+
+def test_what_is_decided_during_the_run_is_in_plan_and_ledger(
+    rows: TokenRows, tmp_path: Path
+) -> None:
+    module = Recorder()
+    fit(module, stream(rows, tmp_path, PLAN), Steering())
+    assert recorded(tmp_path) == module.seen
+    assert [row[2] for row in module.seen if row[0] == 3].count(0.0) == 2
+    report = verified(tmp_path)
+    assert "3 operations" in report.verified[0]
+    # What is on disk is a plan like any other: it makes the same run.
+    replayed = stream(rows, tmp_path / "again", Plan.load(tmp_path / "stream" / "plan.json"))
+    again = Recorder()
+    fit(again, replayed)
+    assert again.seen == module.seen and torch.equal(again.weight, module.weight)
+
+
+class Popping(Recorder):
+    """A training step that takes its fields out of the batch."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(dict(batch), batch_idx)
+        batch.clear()
+        return loss
+
+
+class TokensOnly(Recorder):
+    """A module that trains on tokens alone."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch["tokens"]
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (batch.float().mean(1) * self.weight.sin()).mean()
+
+
+def test_batches_whose_fields_are_taken_out_or_absent(rows: TokenRows, tmp_path: Path) -> None:
+    popping = Popping()
+    fit(popping, stream(rows, tmp_path / "popping", PLAN))
+    assert recorded(tmp_path / "popping") == popping.seen
+    assert not verified(tmp_path / "popping").notes
+
+    data = stream(rows, tmp_path / "tokens", PLAN)
+    fit(TokensOnly(), data)
+    assert recorded(tmp_path / "tokens") == expected(data.schedule)
+    assert [note.split(" for ")[0] for note in verified(tmp_path / "tokens").notes] == [
+        f"the batches had no {name}" for name in ("provenance", "sample_id", "weight")
+    ]
+
+
+class Reweighting(Recorder):
+    """A batch hook that trains on something else than the plan says."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.trainer.global_step == 4:
+            batch["weight"][2] = 0.5
+        if self.trainer.global_step == 7:
+            batch["sample_id"][1] = 23
+        return batch
+
+
+def test_a_run_that_left_its_plan_is_found_out(rows: TokenRows, tmp_path: Path) -> None:
+    """The ledger is what the training step had, not what it should have had."""
+    module = Reweighting()
+    fit(module, stream(rows, tmp_path))
+    assert recorded(tmp_path) == module.seen
+    report = verify_run(tmp_path)
+    ids = stream(rows, tmp_path).schedule.batch(4).sample_ids
+    assert report.differences[0] == (
+        f"step 4, slot 2: expected sample {ids[2]}, weight 1, of the base order, found sample "
+        f"{ids[2]}, weight 0.5, of the base order"
+    )
+    assert report.differences[1].startswith("step 7, slot 1: expected sample ")
+    assert "found sample 23, weight 1" in report.differences[1]
+    assert len(report.differences) == 2 and not report.ok
+
+
+# -- tampering ------------------------------------------------------------------------------------
+
+
+def the_part(folder: Path) -> Path:
+    (part,) = parts_of(folder / "stream" / "ledger")
+    return part.path
+
+
+def rewrite(folder: Path, column: str, change: Callable[[np.ndarray], None]) -> None:
+    path = the_part(folder)
+    table = pq.read_table(path)
+    values = table[column].to_numpy().copy()
+    change(values)
+    at = table.column_names.index(column)
+    pq.write_table(table.set_column(at, table.schema.field(column), [values]), path)
+
+
+def first_zero(values: np.ndarray) -> None:
+    values[np.flatnonzero(values == 0)[0]] = 1
+
+
+def another_id(values: np.ndarray) -> None:
+    values[np.flatnonzero(values >= 0)[0]] += 1
+
+
+def shifted_base(values: np.ndarray) -> None:
+    values[0] += 1
+
+
+def test_what_was_tampered_with_is_named(rows: TokenRows, tmp_path: Path) -> None:
+    def run(name: str) -> Path:
+        fit(Recorder(), stream(rows, tmp_path / name, PLAN))
+        return tmp_path / name
+
+    folder = run("weight")
+    rewrite(folder, "weight", first_zero)
+    (difference,) = verify_run(folder).differences
+    assert "weight 0, of the base order, found" in difference and "weight 1," in difference
+
+    folder = run("id")
+    rewrite(folder, "sample_id", another_id)
+    (difference,) = verify_run(folder).differences
+    assert "inserted, found sample" in difference
+
+    folder = run("base")
+    rewrite(folder, "base_position", shifted_base)
+    report = verify_run(folder)
+    assert len(report.differences) == 6 and "places differ in all" in report.differences[-1]
+
+    folder = run("provenance")
+    rewrite(folder, "provenance", first_zero)
+    assert "of the base order, found" in verify_run(folder).differences[0]
+
+    folder = run("lost")
+    the_part(folder).unlink()
+    assert verify_run(folder).differences == ["steps 0..10: not all of their places are there"]
+
+    folder = run("cut")
+    path = the_part(folder)
+    path.write_bytes(path.read_bytes()[:-9])
+    report = verify_run(folder)
+    assert path.name in report.differences[0] and "damaged" in report.differences[0]
+
+    folder = run("plan")
+    path = folder / "stream" / "plan.json"
+    path.write_text(path.read_text().replace('"weight": 0.0', '"weight": 0.5'))
+    assert verify_run(folder).differences[0].startswith("plan.json: ")
+
+    folder = run("another plan")
+    Plan.mask([1], steps=(5, 9)).save(folder / "stream" / "plan.json")
+    report = verify_run(folder)
+    assert any("the run recorded" in difference for difference in report.differences)
+    assert any("slot" in difference for difference in report.differences)
+
+
+def test_a_changed_or_missing_corpus_is_named(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 50, (24, 6))
+    corpus = TokenRows.write(tmp_path / "c", tokens, provenance={})
+    fit(Recorder(), stream(corpus, tmp_path / "run"))
+    path = tmp_path / "c" / "rows.npy"
+    changed = np.load(path)
+    changed[7, 2] += 1
+    np.save(path, changed)
+    (difference,) = verify_run(tmp_path / "run").differences
+    assert "the corpus at" in difference and corpus.content_hash[:12] in difference
+
+    (tmp_path / "c").rename(tmp_path / "d")
+    assert any("is not at" in note for note in verified(tmp_path / "run").notes)
+    assert not verify_run(tmp_path / "run", corpus=tmp_path / "d").ok
+
+
+# -- where nothing can be written ----------------------------------------------------------------
+
+
+def test_a_full_disk_does_not_stop_training(
+    rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, module = Recorder(), Recorder()
+    fit(whole, stream(rows, tmp_path / "whole"))
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mda_lightning.schedule.ledger_parts.write_part", full)
+    data = stream(rows, tmp_path / "run")
+    with pytest.warns(UserWarning, match="No space left on device.*training goes on") as caught:
+        fit(module, data, every_step(tmp_path))
+    assert sum("ledger" in str(warning.message) for warning in caught) == 1
+    assert torch.equal(module.weight, whole.weight)
+    assert not Ledger.open(tmp_path / "run").provenance["complete"]
+    monkeypatch.undo()
+
+    # The ledger begins where the disk has room again; what is missing is told.
+    fit(Recorder(), stream(rows, tmp_path / "run"), ckpt_path=tmp_path / "step=4.ckpt")
+    assert verify_run(tmp_path / "run").differences == [
+        "steps 0..3: not all of their places are there"
+    ]
+
+
+def test_a_folder_that_is_a_file(rows: TokenRows, tmp_path: Path) -> None:
+    (tmp_path / "stream").write_text("in the way")
+    with pytest.warns(UserWarning, match="training goes on"):
+        fit(Recorder(), stream(rows, tmp_path))
+
+
+def test_a_rehearsal_leaves_no_files(rows: TokenRows, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(Recorder(), stream(rows, tmp_path / "run"), fast_dev_run=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resume_leaves_the_ledger_alone(rows: TokenRows, tmp_path: Path) -> None:
+    fit(Recorder(), stream(rows, tmp_path / "run"), every_step(tmp_path))
+    before = recorded(tmp_path / "run")
+    refused = stream(rows, tmp_path / "run", PLAN)
+    with pytest.raises(ValueError, match="branch"):
+        fit(Recorder(), refused, ckpt_path=tmp_path / "step=5.ckpt")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        fit(Recorder(fail_at=0), stream(rows, tmp_path / "run", PLAN))
+    assert recorded(tmp_path / "run") == before
+    verified(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_ledger(rows: TokenRows, tmp_path: Path) -> None:
+    """And one rank goes on with it."""
+    data = stream(rows, tmp_path / "run", PLAN)
+    fit(Recorder(), data, every_step(tmp_path), devices=2, strategy="ddp_spawn")
+    assert {part.rank for part in parts_of(tmp_path / "run" / "stream" / "ledger")} == {0, 1}
+    assert recorded(tmp_path / "run") == expected(data.schedule)
+    verified(tmp_path / "run")
+    fit(Recorder(), stream(rows, tmp_path / "run", PLAN), ckpt_path=tmp_path / "step=5.ckpt")
+    assert recorded(tmp_path / "run") == expected(data.schedule)
+    verified(tmp_path / "run")
