@@ -18,6 +18,7 @@ from benchmarks.scoring_curves import curves
 from benchmarks.scoring_heads import heads
 from benchmarks.scoring_memory import memory_160m
 from benchmarks.scoring_peers import peers, peers_14m
+from benchmarks.stream_costs import pile, plans, stream
 from benchmarks.window_simulation import cost, simulated
 
 BENCHMARKS = {
@@ -36,6 +37,9 @@ BENCHMARKS = {
     "in-run-trainer": in_run_trainer,
     "in-run-memory": in_run_costs.memory,
     "in-run-agreement": agreement,
+    "stream": stream,
+    "stream-plans": plans,
+    "stream-pile": pile,
     "window-simulated": simulated,
     "window-cost": cost,
 }
