@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from mda_lightning import __version__
 from mda_lightning.cli.monitor import add_monitor
 from mda_lightning.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from mda_lightning.cli.plan import add_plan
 from mda_lightning.cli.score import add_score
 from mda_lightning.cli.studies import add_data, add_quickstart, add_report
 from mda_lightning.cli.window import add_window
@@ -36,6 +37,10 @@ examples:
                                                 when each head formed, from a recorded table
   mda-lightning score runs/mine/checkpoints --data corpora/mine
                                                 which samples promote which heads
+  mda-lightning plan mask --run runs/mine --scores runs/mine/scores --unit L1H2 --top 10% \\
+      --window 900:1400                         a plan: train without these samples
+  mda-lightning plan show plans/mask-top-L1H2.json
+                                                what a plan does to the stream
 
 exit codes: 0 done, 1 an error that the message names, 2 wrong usage, 130 interrupted
 """
@@ -48,6 +53,7 @@ _INTERRUPTED = {
     "fit": "to go on from a checkpoint of the run, add --ckpt_path FILE",
     "data": "no corpus is kept, as it is written whole: the same command begins anew",
     "report": "the study is as it was, its report may not be: the same command builds it anew",
+    "plan": "a plan file that is there is whole: the same command begins anew",
     "window": "nothing is kept, as files are written at the end: the same command begins anew",
 }
 """Command -> what its interruption leaves."""
@@ -89,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add_monitor(commands)
     add_window(commands)
     add_score(commands)
+    add_plan(commands)
     return parser
 
 

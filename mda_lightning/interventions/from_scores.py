@@ -126,7 +126,7 @@ def plan_from_scores(  # type: ignore[misc]  # the two above tell what comes bac
             another corpus or order than those given.
     """
     table = open_scores(scores, mechanism)
-    corpus_hash = _agreeing(table, corpus_hash, order)
+    corpus_hash = agreeing_corpus(table, corpus_hash, order)
     if not table.complete:
         warnings.warn(
             f"{table.folder} is not complete: the run that writes it goes on or was interrupted",
@@ -310,8 +310,14 @@ def _drawn(
     return rest[keyed_order(key, len(rest))[:count]]
 
 
-def _agreeing(table: ScoreTable, corpus_hash: str | None, order: BaseOrder | None) -> str | None:
-    """The corpus that the plan is for; refused where the scores are of another corpus or order."""
+def agreeing_corpus(
+    table: ScoreTable, corpus_hash: str | None, order: BaseOrder | None
+) -> str | None:
+    """Hash of the corpus that a plan from these scores is for: the one given, or theirs.
+
+    Raises:
+        ValueError: the scores are of another corpus or order.
+    """
     data = table.provenance.get("data") or {}
     theirs: str | None = data.get("corpus_hash")
     if theirs is not None and corpus_hash is not None and theirs != corpus_hash:

@@ -26,7 +26,8 @@ from mda_lightning.store.domains import Domains, names_of
 from mda_lightning.store.ranking import Means, by_best_place, extreme
 
 Which: TypeAlias = Literal["top", "bottom"]
-Exclusion: TypeAlias = Plan | str | os.PathLike[str] | ArrayLike
+_Excluded: TypeAlias = Plan | str | os.PathLike[str]
+Exclusion: TypeAlias = _Excluded | Sequence[_Excluded] | ArrayLike
 """Sample ids, a plan (all that it names), or a file of either; or a list of these."""
 
 _NAMED = 8  # names that an error message lists

@@ -1,0 +1,69 @@
+"""What the ``mda-lightning plan`` commands print, and how each is added."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mda_lightning.recipes.plan_make import Written
+
+
+def add_command(
+    plans: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    what: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """One of the commands; ``run`` is given its options."""
+    parser = plans.add_parser(
+        name,
+        help=what.partition(":")[0],
+        description=textwrap.fill(f"{what[0].upper()}{what[1:]}.", 96),
+        epilog=f"example:\n  mda-lightning plan {name} {example}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, usage=parser.error)
+    return parser
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Warnings in one line each."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"mda-lightning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show  # put back by catch_warnings
+        yield
+
+
+def print_written(written: Sequence[Written], *, as_json: bool) -> None:
+    """What was made: the plan in full, its controls in a line each."""
+    first, *others = written
+    for one in written:
+        for message in one.warnings:
+            print(f"mda-lightning: {one.path}: {message}", file=sys.stderr)
+    if as_json:
+        stored = first.stored() | {"controls": [one.stored() for one in others]}
+        print(json.dumps(stored, indent=2))
+        return
+    print(f"{first.path}: plan {first.plan.name!r}, content {first.plan.content_hash[:12]}")
+    for line in first.words:
+        print(f"  {line}")
+    for one in others:
+        print(
+            f"{one.path}: random control {one.plan.name!r}, "
+            f"{len(one.plan.treated_ids):,} samples, content {one.plan.content_hash[:12]}"
+        )
+    print(f"use: {first.use}")
+    print(f"     mda-lightning fit --config run.yaml --data.plan {first.path}")

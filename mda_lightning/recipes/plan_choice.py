@@ -1,0 +1,280 @@
+"""Which samples a plan is to treat: by scores, named in a file, drawn, or from elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mda_lightning.corpora import TokenRows
+from mda_lightning.corpora.inserted import (
+    inserted_from_generator,
+    inserted_from_texts,
+    inserted_from_tokens,
+)
+from mda_lightning.files import read_json
+from mda_lightning.interventions import Source
+from mda_lightning.interventions.from_scores import agreeing_corpus
+from mda_lightning.interventions.id_files import read_ids
+from mda_lightning.interventions.operations import Steps
+from mda_lightning.interventions.selection import (
+    Which,
+    excluded_ids,
+    open_scores,
+    samples_of,
+    select,
+)
+from mda_lightning.recipes.plan_stream import BaseStream
+from mda_lightning.shuffling import key_of, keyed_order
+
+Kind: TypeAlias = Literal["texts", "tokens", "generator"]
+KINDS: tuple[Kind, ...] = ("texts", "tokens", "generator")
+"""Of samples that the corpus does not hold."""
+
+SAMPLES_SUFFIX = ".samples"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A share of the samples, or how many."""
+
+    fraction: float | None = None
+    count: int | None = None
+
+    @property
+    def words(self) -> str:
+        """``"10%"``, or ``"500"``."""
+        return f"{100 * (self.fraction or 0):.4g}%" if self.count is None else f"{self.count:,}"
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which samples may be chosen."""
+
+    window: Steps | None = None
+    domains: Sequence[str] = ()
+    exclude_domains: Sequence[str] = ()
+    exclude: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Samples, and where they come from.
+
+    Attributes:
+        ids: int64 [n], the best first where there is a best.
+        words: what they are, for people.
+        source: the same, JSON values.
+        pool: what random controls are drawn from; None where that takes the order and a window.
+        sources: corpora that they are of, besides the base corpus.
+        corpus_hash: of the corpus that their ids refer to, where they tell.
+    """
+
+    ids: NDArray[np.int64]
+    words: str
+    source: dict[str, Any]
+    pool: NDArray[np.int64] | None = None
+    sources: tuple[Source, ...] = ()
+    corpus_hash: str | None = None
+    name: str = ""
+    left_out: list[str] = field(default_factory=list)
+
+
+def by_scores(
+    scores: Path,
+    units: Sequence[str],
+    amount: Amount,
+    *,
+    which: Which,
+    stream: BaseStream,
+    filters: Filters,
+    mechanism: str | None = None,
+    block: str | None = None,
+) -> Choice:
+    """The samples with the highest or lowest scores, see :func:`select`."""
+    table = open_scores(scores, mechanism)
+    corpus_hash = agreeing_corpus(table, stream.corpus_hash, stream.order)
+    if not table.complete:
+        warnings.warn(
+            f"{table.folder} is not complete: the run that writes it goes on or was interrupted",
+            stacklevel=2,
+        )
+    of_corpus = stream.rows is not None and bool(stream.rows.domain_names) and not table.domains
+    found = select(
+        table,
+        units,
+        fraction=amount.fraction,
+        count=amount.count,
+        which=which,
+        block=block,
+        window=filters.window,
+        order=stream.order,
+        domains=filters.domains,
+        exclude_domains=filters.exclude_domains,
+        domain_of=stream.rows.domains if of_corpus and stream.rows is not None else None,
+        exclude=filters.exclude,
+    )
+    of = f"{which} {amount.words}"
+    united = " for each of them, united" if len(units) > 1 else ""
+    blocks = block or " + ".join(table.blocks)
+    words = (
+        f"the {of} by {', '.join(units)} ({blocks}){united}: {len(found.ids):,} of the "
+        f"{len(found.pool):,} samples scored{_conditions(filters)} in {table.folder}"
+    )
+    left_out = []
+    if found.n_not_finite:
+        left_out.append(f"{found.n_not_finite:,} samples without a finite score")
+    if found.n_foreign:
+        left_out.append(f"{found.n_foreign:,} scored samples that are no rows of the base corpus")
+    name = f"{which}-{'+'.join(units) if len(units) <= 3 else f'{len(units)}-units'}"
+    return Choice(
+        found.ids,
+        words,
+        found.source,
+        pool=found.pool,
+        corpus_hash=corpus_hash,
+        name=name,
+        left_out=left_out,
+    )
+
+
+def from_file(path: Path, *, stream: BaseStream, filters: Filters) -> Choice:
+    """The samples that a file names, less those excluded."""
+    named = read_ids(path)
+    ids = named[~np.isin(named, excluded_ids(filters.exclude))]
+    if not len(ids):
+        raise ValueError(f"all {len(named)} samples of {path} are excluded; exclude fewer")
+    pool = None
+    if stream.order is not None and filters.window is not None:
+        pool = samples_of(stream.order, filters.window)
+    source = {"ids": str(path), "excluded": len(named) - len(ids), "chosen": len(ids)}
+    words = f"the {len(ids):,} samples of {path}{_conditions(filters)}"
+    return Choice(ids, words, source, pool=pool, name=path.stem)
+
+
+def at_random(amount: Amount, *, stream: BaseStream, filters: Filters, draw: int) -> Choice:
+    """Random samples of a window of the base order.
+
+    Raises:
+        ValueError: without an order or a window, or fewer samples than asked for.
+    """
+    if stream.order is None or filters.window is None:
+        raise ValueError(
+            "random samples are drawn from a window of the base order; give --window A:B, and "
+            "--run or --corpus with --batch-size and --n-steps"
+        )
+    pool = samples_of(stream.order, filters.window)
+    pool = pool[~np.isin(pool, excluded_ids(filters.exclude))]
+    if filters.domains or filters.exclude_domains:
+        pool = _of_domains(pool, stream.rows, filters)
+    count = amount.count or max(1, round((amount.fraction or 0) * len(pool)))
+    if not 0 < count <= len(pool):
+        raise ValueError(
+            f"{count:,} random samples were asked for, {len(pool):,} are left"
+            f"{_conditions(filters)}; ask for fewer or widen the window"
+        )
+    ids = pool[keyed_order(key_of("random samples", draw), len(pool))[:count]]
+    source = {
+        "random": count,
+        "draw": draw,
+        "candidates": len(pool),
+        "window": list(filters.window),
+        "domains": list(filters.domains),
+        "exclude_domains": list(filters.exclude_domains),
+    }
+    words = f"{count:,} random samples of the {len(pool):,}{_conditions(filters)}"
+    return Choice(ids, words, source, pool=pool, name="random")
+
+
+def from_elsewhere(
+    kind: Kind,
+    what: str,
+    folder: Path,
+    *,
+    stream: BaseStream,
+    n_rows: int | None = None,
+    draw: int = 0,
+) -> Choice:
+    """Samples that the corpus does not hold, made into rows in ``folder``.
+
+    Raises:
+        ValueError: no corpus that tells their length and vocabulary, another folder of that name,
+            or what the reader or the generator refuses.
+    """
+    if stream.rows is None:
+        raise ValueError(
+            f"--{kind} makes rows of the length and vocabulary of the base corpus; give it with "
+            "--corpus, or with --run where it still lies where the run found it"
+        )
+    _refuse_another_folder(folder)
+    base = stream.rows
+    if kind == "texts":
+        rows = inserted_from_texts(folder, what, base=base)
+    elif kind == "tokens":
+        rows = inserted_from_tokens(folder, what, base=base)
+    else:
+        if n_rows is None:
+            raise ValueError("--generator makes as many rows as it is told; add --rows N")
+        rows = inserted_from_generator(folder, what, base=base, n_rows=n_rows, seed=draw)
+    own = Source.of(rows, name=name_of(kind, what))
+    ids = own.ids()
+    if n_rows is not None and n_rows < len(ids):
+        ids = ids[:n_rows]
+    words = f"{len(ids):,} rows of {rows.row_length} tokens from {what} (kept in {folder})"
+    return Choice(
+        ids,
+        words,
+        {kind: what, **rows.provenance},
+        sources=(own,),
+        name=name_of(kind, what),
+    )
+
+
+def name_of(kind: str, what: str) -> str:
+    """What new samples are called: their generator, or their file without its ending."""
+    return what.rpartition(":")[2] if kind == "generator" else Path(what).name.partition(".")[0]
+
+
+def _of_domains(
+    pool: NDArray[np.int64], rows: TokenRows | None, filters: Filters
+) -> NDArray[np.int64]:
+    names = None if rows is None else rows.domains(pool)
+    if rows is None or names is None:
+        raise ValueError("the domains of samples are those of the corpus; give one that has them")
+    for name in (*filters.domains, *filters.exclude_domains):
+        if name not in rows.domain_names:
+            there = ", ".join(rows.domain_names)
+            raise ValueError(f"the corpus has no domain {name!r}; there are {there}")
+    own = np.asarray(names)
+    kept = np.isin(own, list(filters.domains)) if filters.domains else np.ones(len(pool), bool)
+    found: NDArray[np.int64] = pool[kept & ~np.isin(own, list(filters.exclude_domains))]
+    return found
+
+
+def _conditions(filters: Filters) -> str:
+    told = []
+    if filters.window is not None:
+        told.append(f"in steps {filters.window[0]}:{filters.window[1]}")
+    if filters.domains:
+        told.append(f"of domain {', '.join(filters.domains)}")
+    if filters.exclude_domains:
+        told.append(f"not of domain {', '.join(filters.exclude_domains)}")
+    if filters.exclude:
+        told.append(f"without those of {', '.join(map(str, filters.exclude))}")
+    return "".join(f" {one}" for one in told)
+
+
+def _refuse_another_folder(folder: Path) -> None:
+    if not folder.exists():
+        return
+    meta = folder / "meta.json"
+    if not meta.is_file() or read_json(meta).get("kind") != "token_rows":
+        raise ValueError(
+            f"{folder} is where the inserted samples go and holds something else; give another "
+            "--output"
+        )
