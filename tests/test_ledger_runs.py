@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, OnExceptionCheckpoint
+from lightning.pytorch.loops.optimization.automatic import Closure
 from test_datamodule import BATCH, PLAN, STEPS, Recorder, every_step, expected
 
 from mda_lightning.corpora import TokenRows
@@ -47,7 +49,8 @@ def fit(
         "callbacks": list(callbacks),
         "accelerator": "cpu",
         "logger": False,
-        "enable_checkpointing": bool(callbacks),
+        "enable_checkpointing": any(isinstance(one, Checkpoint) for one in callbacks),
+        "default_root_dir": data._ledger_folder,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
@@ -168,6 +171,99 @@ def test_a_branch_says_where_it_began(rows: TokenRows, tmp_path: Path) -> None:
     fit(Recorder(), stream(rows, tmp_path / "base", PLAN, branch=True), ckpt_path=checkpoint)
     assert recorded(tmp_path / "base") == expected(data.schedule)
     verified(tmp_path / "base")
+
+
+def test_a_run_resumed_in_another_folder(rows: TokenRows, tmp_path: Path) -> None:
+    """As with a logger that makes a folder of its own for each attempt."""
+    fit(Recorder(), stream(rows, tmp_path / "one", PLAN), every_step(tmp_path))
+    fit(Recorder(), stream(rows, tmp_path / "two", PLAN), ckpt_path=tmp_path / "step=7.ckpt")
+    assert recorded(tmp_path / "one")[7 * BATCH :] == recorded(tmp_path / "two")
+    assert any("trained with the same plan" in line for line in verified(tmp_path / "two").verified)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_checkpoint_between_the_step_and_its_count(
+    rows: TokenRows, tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they may disagree on what was trained, the ledger has what the checkpoint has."""
+    arguments: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    whole, failing, folder = Recorder(), Recorder(), tmp_path / "run"
+    fit(whole, stream(rows, tmp_path / "whole", PLAN), **arguments)
+    consume = Closure.consume_result
+
+    def interrupted(closure: Closure) -> Any:
+        if failing.global_step == 7:
+            raise RuntimeError("pulled the plug")
+        return consume(closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Closure, "consume_result", interrupted)
+        on_exception = OnExceptionCheckpoint(tmp_path, "failed")
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            fit(failing, stream(rows, folder, PLAN), on_exception, **arguments)
+    checkpoint = torch.load(tmp_path / "failed.ckpt", weights_only=False)
+    n_steps = checkpoint["TokenDataModule"]["step"]
+    assert n_steps in (6, 7)
+    assert recorded(folder) == whole.seen[: n_steps * BATCH]
+    fit(Recorder(), stream(rows, folder, PLAN), ckpt_path=tmp_path / "failed.ckpt", **arguments)
+    assert recorded(folder) == whole.seen
+    assert not verified(folder).notes
+
+
+class Declining(Recorder):
+    """Ends the epoch before a batch, as Lightning allows."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 5 else None
+
+
+def test_a_batch_that_a_hook_declined_is_not_trained_on(rows: TokenRows, tmp_path: Path) -> None:
+    module = Declining()
+    fit(module, stream(rows, tmp_path), max_epochs=1)
+    assert recorded(tmp_path) == module.seen
+    assert len(module.seen) == 5 * BATCH
+    assert verified(tmp_path).notes == ["the run ended at step 5 of 9"]
+
+
+class Copying(Callback):
+    """Copy the run's folder before a step: what a process killed there leaves behind."""
+
+    def __init__(self, step: int, folder: Path, to: Path) -> None:
+        self.step, self.folder, self.to = step, folder, to
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.step:
+            shutil.copytree(self.folder, self.to)
+
+
+def test_a_killed_run_goes_on(
+    rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that were flushed after the last checkpoint are done, and recorded, again."""
+    monkeypatch.setattr("mda_lightning.datamodules.ledger_writer._FLUSH_EVERY", 3)
+    whole, run, killed = Recorder(), tmp_path / "run", tmp_path / "killed"
+    fit(Recorder(), stream(rows, tmp_path / "same", PLAN), every_step(tmp_path))
+    fit(whole, stream(rows, run, PLAN), Copying(8, run, killed))
+    assert recorded(killed) == whole.seen[: 6 * BATCH]
+    (note,) = verified(killed).notes
+    assert "interrupted, or is still training; its ledger reaches step 6 of 11" in note
+    fit(Recorder(), stream(rows, killed, PLAN), ckpt_path=tmp_path / "step=4.ckpt")
+    assert recorded(killed) == whole.seen
+    assert not verified(killed).notes
+
+
+def test_weights_at_low_precision(rows: TokenRows, tmp_path: Path) -> None:
+    """Lightning rounds what a batch holds; the ledger has the rounded weight, and says so."""
+    plan = Plan.mask([1, 2, 3], weight=0.3)
+    fit(Recorder(), stream(rows, tmp_path, plan), precision="bf16-true")
+    ledger = Ledger.open(tmp_path)
+    assert ledger.provenance["attempts"][0]["weight_type"] == "bfloat16"
+    rounded = torch.tensor(0.3).bfloat16().item()
+    assert rounded != np.float32(0.3)
+    assert set(ledger.frame(0, STEPS).weight) == {rounded, 1.0}
+    assert "of another weight" in verified(tmp_path).verified[-1]
 
 
 def test_a_new_run_replaces_an_earlier_one(rows: TokenRows, tmp_path: Path) -> None:
@@ -355,6 +451,13 @@ def test_a_changed_or_missing_corpus_is_named(tmp_path: Path) -> None:
     (difference,) = verify_run(tmp_path / "run").differences
     assert "the corpus at" in difference and corpus.content_hash[:12] in difference
 
+    told = tmp_path / "run" / "stream" / "stream.json"
+    value = json.loads(told.read_text())
+    for missing in ("order", "corpus_hash"):
+        told.write_text(json.dumps({key: one for key, one in value.items() if key != missing}))
+        with pytest.raises(ValueError, match=f"lacks.*{missing}"):
+            verify_run(tmp_path / "run")
+    told.write_text(json.dumps(value))
     (tmp_path / "c").rename(tmp_path / "d")
     assert any("is not at" in note for note in verified(tmp_path / "run").notes)
     assert not verify_run(tmp_path / "run", corpus=tmp_path / "d").ok

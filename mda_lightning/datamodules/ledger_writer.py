@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,7 +15,10 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
 from mda_lightning import __version__
+from mda_lightning.corpora import TokenRows
+from mda_lightning.datamodules.resume import StreamPosition
 from mda_lightning.files import write_json
+from mda_lightning.interventions import Plan
 from mda_lightning.pretraining.run_folder import run_folder
 from mda_lightning.schedule import Schedule
 from mda_lightning.schedule.ledger import (
@@ -29,11 +32,17 @@ from mda_lightning.schedule.ledger import (
 from mda_lightning.schedule.ledger_parts import LedgerParts
 from mda_lightning.schedule.ledger_rows import Share
 
-if TYPE_CHECKING:
-    from mda_lightning.datamodules.token_datamodule import TokenDataModule
-
 FIELDS = ("sample_id", "weight", "provenance")
 _FLUSH_EVERY = 100  # steps; a killed run loses no more than since its last checkpoint anyway
+
+
+class StreamOwner(Protocol):
+    """What a ledger needs of a :class:`~mda_lightning.datamodules.TokenDataModule`."""
+
+    rows: TokenRows
+    plan: Plan
+    schedule: Schedule
+    _position: StreamPosition
 
 
 class LedgerWriter(Callback):
@@ -57,7 +66,7 @@ class LedgerWriter(Callback):
         folder: as for :func:`~mda_lightning.pretraining.run_folder.run_folder`.
     """
 
-    def __init__(self, data: TokenDataModule, folder: str | None) -> None:
+    def __init__(self, data: StreamOwner, folder: str | None) -> None:
         self.folder: Path | None = None  #: ``stream/``; None where nothing is written
         self._data = data
         self._wanted = folder

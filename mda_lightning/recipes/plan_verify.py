@@ -21,6 +21,19 @@ from mda_lightning.schedule.ledger_rows import Places
 _MOST_SHOWN = 5
 _MOST_REREAD = 4 * 2**30  # bytes of a corpus whose hash is computed again
 
+_NEEDED = (
+    "steps",
+    "complete",
+    "n_steps",
+    "attempts",
+    "began_from",
+    "corpus",
+    "corpus_hash",
+    "order_hash",
+    "plan_hash",
+    "given_plan_hash",
+)
+
 Progress = Callable[[int, int], None]
 """Called with the steps that are done and all steps."""
 
@@ -71,6 +84,10 @@ def verify_run(
         ValueError: ``stream.json`` is damaged or of a newer schema.
     """
     ledger = Ledger.open(folder)
+    if missing := [key for key in _NEEDED if key not in ledger.provenance]:
+        raise ValueError(
+            f"{ledger.folder / STREAM_FILE} lacks {', '.join(missing)}; it was edited or damaged"
+        )
     report = VerifyReport()
     report.differences += ledger.damaged
     schedule = _schedule(ledger, report)

@@ -61,7 +61,13 @@ class Ledger:
     def __init__(self, folder: Path, stored: Mapping[str, Any]) -> None:
         self.folder = folder
         self.provenance: dict[str, Any] = dict(stored)
-        self.order = BaseOrder(**stored["order"])
+        try:
+            self.order = BaseOrder(**stored["order"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / STREAM_FILE} lacks a part of the base order ({error}); it was edited "
+                "or damaged"
+            ) from error
         self._parts: list[PartReader] = []
         damaged: list[str] = []
         for part in parts_of(folder / LEDGER_FOLDER):
