@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,10 +179,11 @@ class FromScores(Policy):
         if window is None:
             return None
         wanted = self.per_step * strength * (window[1] - window[0]) + self._carry
-        number = min(int(wanted), count)
+        whole = math.floor(wanted + 1e-6)  # 0.1 of 30 steps are 3, rounding or not
+        number = min(whole, count)
         if self.placement == "replace":
             number = min(number, free_places(run.schedule, step, window))
-        self._carry = wanted - int(wanted)
+        self._carry = wanted - whole
         if not number:
             return None
         chosen = self._ranked[(self._cursor + np.arange(number)) % count]

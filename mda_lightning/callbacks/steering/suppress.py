@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from mda_lightning.curvature import CurvatureError, Fisher, check_damping
 from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.interventions import Mask
 from mda_lightning.units import Head
+
+_ROUNDING = 1e-6  # 0.3 of 10 samples are 3, also where 0.3 is a little less
 
 
 @dataclass
@@ -97,15 +100,16 @@ class Suppress(Policy):
         counts = batch.weights > 0
         ids = np.unique(batch.sample_ids[counts])
         wanted = self.share * strength * int(counts.sum()) + self._carry
-        if wanted < 1 or not len(ids):
-            self._carry = wanted if len(ids) else 0.0
+        count = math.floor(wanted + _ROUNDING)
+        if count < 1:
+            self._carry = wanted
             return None
         try:
             scores = self._coming.of(run, step, units, ids)
         except CurvatureError as error:
             self._warn(f"step {step}: {error}")
             return None
-        chosen = ranked(ids, scores, self.which)[: int(wanted)]
+        chosen = ranked(ids, scores, self.which)[:count]
         if not len(chosen):
             self._warn(f"step {step}: no sample of the batch has a finite score")
             return None

@@ -1,0 +1,319 @@
+"""OnlineSteering: what is decided is what the scores say, holds at once, and replays as a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from in_run_fits import HEADS, INDUCTION, MovingModule
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from steered_runs import (
+    BATCH,
+    STEPS,
+    amplify,
+    corpus,
+    earlier_scores,
+    policies,
+    replayed,
+    steered,
+    suppress,
+    weights,
+)
+from training import assert_bit_identical, training_state
+
+from mda_lightning.callbacks.steering import Decisions, FromScores, ReachLevel
+from mda_lightning.influence import replay_scores
+from mda_lightning.influence.inverse_probes import CurvatureSettings, inverse_probes
+from mda_lightning.interventions import Mask, Plan
+from mda_lightning.schedule import INSERTED
+from mda_lightning.store import ScoreTable
+
+KINDS = ["suppress", "amplify", "both", "mask from scores", "insert from scores"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Seen(Callback):
+    """What every optimizer step was trained on."""
+
+    def __init__(self) -> None:
+        self.batches: dict[int, list[tuple[list[int], list[float], list[int]]]] = {}
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        fields = ("sample_id", "weight", "provenance")
+        micro = tuple(batch[name].tolist() for name in fields)
+        self.batches.setdefault(trainer.global_step, []).append(micro)
+
+    def step(self, step: int) -> tuple[list[int], list[float], list[int]]:
+        parts = self.batches[step]
+        return tuple([one for part in parts for one in part[i]] for i in range(3))
+
+
+@pytest.mark.parametrize(("accumulate", "num_workers"), [(1, 0), (2, 0), (1, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_of_a_steered_run_trains_bit_for_bit_the_same(
+    tmp_path: Path, kind: str, accumulate: int, num_workers: int
+) -> None:
+    """From plan.json, and from the audit table alone; what was trained on is what was decided."""
+    rows = corpus(tmp_path)
+    earlier_scores(tmp_path)
+    seen = Seen()
+    run, _, _ = steered(
+        tmp_path / "run",
+        rows,
+        policies(kind, tmp_path),
+        seen,
+        accumulate=accumulate,
+        num_workers=num_workers,
+    )
+    decisions = Decisions.open(tmp_path / "run")
+    plan = Plan.load(tmp_path / "run" / "steering" / "plan.json")
+    assert decisions.plan().content_hash == plan.content_hash
+    assert len(decisions) == len(plan.operations) >= 2
+    again, other = replayed(tmp_path / "again", rows, plan, accumulate_grad_batches=accumulate)
+    assert_bit_identical(training_state(again), training_state(run))
+    untouched, _ = replayed(tmp_path / "plain", rows, None, accumulate_grad_batches=accumulate)
+    name = "net.lm.gpt_neox.embed_in.weight"
+    assert not torch.equal(weights(untouched)[name], weights(run)[name])
+    for step in range(STEPS):
+        ids, weight, provenance = seen.step(step)
+        batch = other.schedule.batch(step)
+        assert (ids, weight) == (batch.sample_ids.tolist(), batch.weights.tolist())
+        assert provenance == batch.provenance.tolist()
+        # The table names every place that is not as the base order has it.
+        frame = decisions.frame[decisions.frame["run_step"] == step]
+        changed = np.flatnonzero((batch.weights != 1) | (batch.provenance == INSERTED))
+        assert sorted(set(frame["slot"])) == changed.tolist()
+        for row in frame.itertuples():
+            assert batch.sample_ids[int(row.slot)] == row.sample_id
+            assert row.run_step >= row.decided_at
+
+
+class KeepWeights(Callback):
+    """The model's weights before every step."""
+
+    def __init__(self) -> None:
+        self.before: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        state = module.net["lm"].state_dict()
+        self.before.setdefault(trainer.global_step, {k: v.clone() for k, v in state.items()})
+
+
+@pytest.mark.parametrize(("which", "accumulate"), [("top", 1), ("top", 2), ("bottom", 1)])
+def test_suppress_masks_what_replay_ranks_first_at_the_weights_before_the_step(
+    tmp_path: Path, which: str, accumulate: int
+) -> None:
+    """By hand: IHVPs at the weights of every fourth step, on the 8 samples trained on before."""
+    rows = corpus(tmp_path)
+    kept = KeepWeights()
+    policy = suppress(which=which)
+    _, _, data = steered(tmp_path, rows, policy, kept, accumulate=accumulate, in_run=False)
+    decisions = Decisions.open(tmp_path)
+    base = data.schedule.order
+    model, carry, ihvp = MovingModule().net["lm"].eval(), 0.0, None
+    n_masked = 0
+    for step in range(STEPS):
+        model.load_state_dict(kept.before[step])
+        if step % 4 == 0:
+            latest = data.schedule.batch(max(step - 1, 0))
+            earlier = data.schedule.batch(max(step - 2, 0))
+            ids = np.concatenate([b.sample_ids[b.weights > 0] for b in (earlier, latest)])[-8:]
+            if step == 0:
+                ids = base.ids(0)
+            groups = [torch.from_numpy(rows.get(g)) for g in (ids[:4], ids[4:])]
+            found = inverse_probes(model, {"f": INDUCTION}, HEADS, groups, CurvatureSettings())
+            ihvp = found.ihvps["f"]
+        ids = np.sort(base.ids(step))
+        tokens = [torch.from_numpy(rows.get(group)) for group in (ids[:4], ids[4:])]
+        scores = replay_scores(model, ihvp, tokens).values.double().sum((1, 2)).numpy()
+        wanted = 0.3 * BATCH + carry
+        order = np.argsort(-scores if which == "top" else scores)
+        expected = np.sort(ids[order[: int(wanted)]])
+        carry = wanted - int(wanted)
+        frame = decisions.frame[decisions.frame["decided_at"] == step]
+        assert sorted(frame["sample_id"]) == expected.tolist()
+        own = dict(zip(ids, scores, strict=True))
+        for row in frame.itertuples():
+            assert row.score == pytest.approx(own[row.sample_id], rel=1e-4, abs=1e-9)
+        assert set(frame["score_step"]) == {step} and set(frame["ihvp_step"]) == {step // 4 * 4}
+        n_masked += len(frame)
+    assert n_masked == int(0.3 * BATCH * STEPS)  # what is not whole is carried over
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_masked_step_has_the_gradient_of_the_kept_over_the_original_batch(
+    tmp_path: Path, accumulate: int
+) -> None:
+    class Gradients(KeepWeights):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: dict[int, dict[str, torch.Tensor]] = {}
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            own = module.net["lm"].named_parameters()
+            self.found[trainer.global_step] = {n: p.grad.clone() for n, p in own}
+
+    rows = corpus(tmp_path)
+    kept = Gradients()
+    _, _, data = steered(
+        tmp_path, rows, suppress(), kept, accumulate=accumulate, in_run=False, max_steps=6
+    )
+    model = MovingModule().net["lm"]
+    for step in range(6):
+        batch = data.schedule.batch(step)
+        tokens = torch.from_numpy(rows.get(batch.sample_ids[batch.weights > 0]))
+        assert 0 < len(tokens) < BATCH
+        model.load_state_dict(kept.before[step])
+        model.zero_grad()
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        )
+        (loss / (BATCH * 16)).backward()
+        scale = max(float(p.grad.abs().max()) for p in model.parameters())
+        for name, parameter in model.named_parameters():
+            found = kept.found[step][name]
+            torch.testing.assert_close(found, parameter.grad, rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("which", ["top", "bottom"])
+def test_amplify_inserts_the_recent_top_share_of_the_in_run_table(
+    tmp_path: Path, which: str
+) -> None:
+    rows = corpus(tmp_path)
+    policy = amplify(which=which, copies=2, over_steps=6, every_n_steps=4)
+    _, _, data = steered(tmp_path, rows, policy)
+    table = ScoreTable.open(tmp_path / "scores")
+    scored = table.frame(table.units[0])[["step", "sample_id"]].copy()
+    scored["score"] = sum(table.frame(unit)["score"] for unit in table.units)
+    decisions = Decisions.open(tmp_path).frame
+    assert sorted(set(decisions["decided_at"])) == [3, 7, 11]
+    for step, frame in decisions.groupby("decided_at"):
+        recent = scored[(scored["step"] >= step - 3) & (scored["step"] < step)]
+        means = recent.groupby("sample_id")["score"].mean()
+        ranked = means.sort_values(ascending=which == "bottom")
+        expected = sorted(ranked.index[: round(0.25 * len(ranked))])
+        places = frame.groupby("sample_id").size()
+        assert places.index.tolist() == expected and set(places) == {2}
+        last = min(step + 6, STEPS)
+        assert frame["run_step"].between(step, last - 1).all()
+        for row in frame.itertuples():
+            assert row.score == pytest.approx(means[row.sample_id], rel=1e-4)
+    inserted = sum(int((data.schedule.batch(s).provenance == INSERTED).sum()) for s in range(STEPS))
+    assert inserted == len(decisions)
+
+
+def test_from_scores_masks_and_inserts_by_the_earlier_table(tmp_path: Path) -> None:
+    rows = corpus(tmp_path)
+    table = ScoreTable.open(earlier_scores(tmp_path))
+    total = sum(table.mean_scores(unit)[1] for unit in table.units)
+    ranked = np.argsort(-total)
+    top = set(ranked[:30].tolist())
+    masks = FromScores(table, "mask", every_n_steps=4)
+    _, _, data = steered(tmp_path / "mask", rows, masks, in_run=False)
+    for step in range(STEPS):
+        batch = data.schedule.batch(step)
+        assert batch.weights.tolist() == [float(i not in top) for i in batch.sample_ids.tolist()]
+    inserts = FromScores(table, "insert", every_n_steps=4, per_step=1.4, share=0.02)
+    _, _, data = steered(tmp_path / "insert", rows, inserts, in_run=False)
+    frame = Decisions.open(tmp_path / "insert").frame
+    # 1.4 a step: 5, 5 (and .6, .2 left), 6, and 2 of the last two steps; best first, then again.
+    expected = [ranked[np.arange(a, b) % 6] for a, b in ((0, 5), (5, 11), (11, 16), (16, 19))]
+    for (_, part), ids in zip(frame.groupby("decision"), expected, strict=True):
+        assert sorted(part["sample_id"]) == sorted(ids.tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop_at", [5, 8])
+def test_resumed_it_decides_and_trains_bit_for_bit_the_same(
+    tmp_path: Path, kind: str, stop_at: int
+) -> None:
+    rows = corpus(tmp_path)
+    earlier_scores(tmp_path)
+    whole, _, _ = steered(tmp_path / "whole", rows, policies(kind, tmp_path))
+    saver = ModelCheckpoint(tmp_path / "at", filename="last", every_n_train_steps=stop_at)
+    steered(tmp_path / "cut", rows, policies(kind, tmp_path), saver, max_steps=stop_at + 3)
+    lost = Decisions.open(tmp_path / "cut")
+    path = tmp_path / "at" / "last.ckpt"
+    cut, _, _ = steered(
+        tmp_path / "cut", rows, policies(kind, tmp_path), Seen(), ckpt_path=path, num_workers=2
+    )
+    assert_bit_identical(training_state(cut), training_state(whole))
+    a, b = Decisions.open(tmp_path / "whole"), Decisions.open(tmp_path / "cut")
+    pd.testing.assert_frame_equal(a.frame, b.frame, check_exact=True)
+    if kind == "suppress":  # rows of lost steps were there, and are dropped
+        assert lost.frame["decided_at"].max() == stop_at + 2
+    plan = Plan.load(tmp_path / "cut" / "steering" / "plan.json")
+    assert plan.content_hash == b.plan().content_hash == a.plan().content_hash
+
+
+def test_a_policy_that_never_acts_leaves_training_bit_identical(tmp_path: Path) -> None:
+    rows = corpus(tmp_path)
+    torch.manual_seed(5)
+    plain, _ = replayed(tmp_path / "plain", rows, None)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    idle, one, data = steered(
+        tmp_path / "idle", rows, [amplify(), suppress(which="bottom")], target=ReachLevel(-1.0)
+    )
+    assert_bit_identical(training_state(idle), training_state(plain))
+    assert torch.equal(torch.rand(3), after)
+    assert one._aiming.aim.push == 0.0 and not data.schedule.plan.operations
+    assert not len(Decisions.open(tmp_path / "idle"))
+    # Scoring batches that are then not masked leaves no trace either.
+    scored, _, data = steered(tmp_path / "scored", rows, suppress(weight=0.999999999))
+    assert data.schedule.plan.operations
+    assert_bit_identical(training_state(scored), training_state(plain))
+
+
+def test_a_batch_that_is_wholly_masked_has_no_gradient_and_no_nan(tmp_path: Path) -> None:
+    class Norms(Callback):
+        def __init__(self) -> None:
+            self.largest: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            self.largest.append(max(float(p.grad.abs().max()) for p in module.parameters()))
+
+    rows = corpus(tmp_path)
+    norms = Norms()
+    run, _, data = steered(tmp_path, rows, suppress(share=1.0, active=(2, 5)), norms, in_run=False)
+    assert [norm == 0 for norm in norms.largest] == [2 <= step < 5 for step in range(STEPS)]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+    masked = [float(data.schedule.batch(step).weights.sum()) for step in range(STEPS)]
+    assert masked == [0.0 if 2 <= step < 5 else BATCH for step in range(STEPS)]
+
+
+def test_steering_goes_on_under_a_plan_and_leaves_its_masks_alone(tmp_path: Path) -> None:
+    rows = corpus(tmp_path)
+    plain = steered(tmp_path / "plain", rows, suppress(active=(0, 1)), in_run=False)[2]
+    named = plain.schedule.batch(3).sample_ids[:4]
+    plan = Plan.mask(named, (2, 5)) | Plan.insert(np.arange(290, 296), steps=(4, 6))
+    run, _, _ = steered(tmp_path / "run", rows, suppress(), in_run=False, plan=plan)
+    decisions = Decisions.open(tmp_path / "run")
+    assert not set(decisions.frame.query("decided_at == 3")["sample_id"]) & set(named.tolist())
+    again, _ = replayed(tmp_path / "again", rows, decisions.plan(plan))
+    assert_bit_identical(training_state(again), training_state(run))
+    with pytest.raises(ValueError, match="give the plan that the run was given"):
+        decisions.plan()
+    masks = [op for op in decisions.operations() if isinstance(op, Mask)]
+    assert len(masks) == STEPS
+
+
+def test_what_is_inserted_by_shift_replays_too(tmp_path: Path) -> None:
+    rows = corpus(tmp_path)
+    run, _, _ = steered(tmp_path / "run", rows, amplify(placement="shift"))
+    decisions = Decisions.open(tmp_path / "run")
+    assert decisions.frame["slot"].isna().all() and len(decisions) >= 2
+    again, _ = replayed(tmp_path / "again", rows, decisions.plan())
+    assert_bit_identical(training_state(again), training_state(run))
