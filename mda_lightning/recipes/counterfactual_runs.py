@@ -66,7 +66,8 @@ def run_base(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
             ),
         ],
     )
-    trainer.fit(build_module(settings, rows, seed), datamodule=build_data(settings, rows, seed))
+    data = build_data(settings, rows, seed, folder=folder)
+    trainer.fit(build_module(settings, rows, seed), datamodule=data)
     return {"window": read_json(folder / "window.json"), "stopped_at": trainer.global_step}
 
 
@@ -79,7 +80,7 @@ def run_arm(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings, seed = StudySettings.from_dict(spec["settings"]), int(spec["seed"])
     rows = TokenRows.open(spec["corpus"])
     plan = Plan.load(spec["plan"]) if spec["plan"] else None
-    data = build_data(settings, rows, seed, plan=plan)
+    data = build_data(settings, rows, seed, plan=plan, folder=folder)
     trainer = _trainer(
         folder,
         spec,
@@ -175,9 +176,14 @@ def build_module(settings: StudySettings, rows: TokenRows, seed: int) -> PythiaM
 
 
 def build_data(
-    settings: StudySettings, rows: TokenRows, seed: int, *, plan: Plan | None = None
+    settings: StudySettings,
+    rows: TokenRows,
+    seed: int,
+    *,
+    plan: Plan | None = None,
+    folder: Path | None = None,
 ) -> TokenDataModule:
-    """The study's stream, changed by a plan or as it is."""
+    """The study's stream, changed by a plan or as it is, and its ledger if a folder is named."""
     return TokenDataModule(
         rows,
         batch_size=settings.training.batch_size,
@@ -185,6 +191,8 @@ def build_data(
         seed=seed,
         plan=plan,
         branch=plan is not None,
+        folder=None if folder is None else str(folder),
+        ledger=folder is not None,
     )
 
 
