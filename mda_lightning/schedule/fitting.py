@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mda_lightning.base_order import BaseOrder
-from mda_lightning.interventions.operations import Mask
+from mda_lightning.interventions.operations import Mask, Operation
 from mda_lightning.interventions.plan import Plan
 from mda_lightning.sample_ids import split_ids
 
 
-def check_fits(order: BaseOrder, plan: Plan) -> None:
-    """Refuse a plan that cannot be carried out.
+def check_order(order: BaseOrder, plan: Plan) -> None:
+    """Refuse a plan that was made for another order.
 
     Raises:
-        ValueError: it was made for another order, names unknown samples, or has a window outside
-            the run.
+        ValueError: it was.
     """
     if plan.order_hash is not None and plan.order_hash != order.content_hash:
         raise ValueError(
@@ -24,8 +25,16 @@ def check_fits(order: BaseOrder, plan: Plan) -> None:
             f"{order.seed}, shuffle {order.shuffle}); use the order it was made for or build it "
             "again for this one"
         )
-    _check_samples(order, plan)
-    for op in plan.operations:
+
+
+def check_fits(order: BaseOrder, plan: Plan, operations: Sequence[Operation]) -> None:
+    """Refuse operations of a plan that cannot be carried out.
+
+    Raises:
+        ValueError: they name unknown samples, or have a window outside the run.
+    """
+    _check_samples(order, plan, operations)
+    for op in operations:
         by_run = isinstance(op, Mask) and op.clock == "run"
         if op.steps is not None and op.steps[1] > order.n_steps and not by_run:
             raise ValueError(
@@ -34,8 +43,9 @@ def check_fits(order: BaseOrder, plan: Plan) -> None:
             )
 
 
-def _check_samples(order: BaseOrder, plan: Plan) -> None:
-    namespaces, rows = split_ids(plan.treated_ids)
+def _check_samples(order: BaseOrder, plan: Plan, operations: Sequence[Operation]) -> None:
+    ids = [np.empty(0, np.int64), *(op.named_ids for op in operations)]
+    namespaces, rows = split_ids(np.concatenate(ids))
     n_rows = {0: order.n_rows} | {source.namespace: source.n_rows for source in plan.sources}
     for namespace in np.unique(namespaces):
         largest = int(rows[namespaces == namespace].max())
@@ -49,4 +59,15 @@ def _check_samples(order: BaseOrder, plan: Plan) -> None:
             raise ValueError(
                 f"plan {plan.name!r} names sample {largest}, the {where} rows "
                 f"0..{n_rows[int(namespace)] - 1}; was the plan made for another corpus?"
+            )
+
+
+def check_run_clock(operations: Sequence[Operation], n_steps: int) -> None:
+    """Raise ValueError where a window that counts in the run's steps ends outside the run."""
+    for op in operations:
+        by_run = isinstance(op, Mask) and op.clock == "run"
+        if by_run and op.steps is not None and op.steps[1] > n_steps:
+            raise ValueError(
+                f"the window {op.steps} ends outside the run, which has {n_steps} steps; make it "
+                "end earlier"
             )

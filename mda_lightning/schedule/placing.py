@@ -36,13 +36,25 @@ def find(
     return below, ascending[np.minimum(below, len(ascending) - 1)] == values
 
 
-def shifted(order: BaseOrder, inserts: Sequence[tuple[np.uint64, Insert]]) -> Placed:
+def nothing() -> Placed:
+    """No samples, nowhere."""
+    return Placed(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def shifted(
+    order: BaseOrder, inserts: Sequence[tuple[np.uint64, Insert]], placed: Placed
+) -> Placed:
     """What is inserted with ``shift``; places are positions in the final stream.
 
     A dispersed insertion of N samples into a window of W base samples takes N of the W + N places
     of the stretched window, uniformly; a concentrated one takes the first N.
+
+    Args:
+        placed: what is inserted already; it comes first where two stand at the same place.
     """
-    anchors, ids = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    if not inserts:
+        return placed
+    anchors, ids = [placed.places - np.arange(len(placed.places))], [placed.sample_ids]
     for key, op in inserts:
         start, end = _positions(order, op)
         places = np.arange(op.count, dtype=np.int64)
@@ -58,7 +70,10 @@ def shifted(order: BaseOrder, inserts: Sequence[tuple[np.uint64, Insert]]) -> Pl
 
 
 def replaced(
-    order: BaseOrder, inserts: Sequence[tuple[np.uint64, Insert]], spared: NDArray[np.int64]
+    order: BaseOrder,
+    inserts: Sequence[tuple[np.uint64, Insert]],
+    spared: NDArray[np.int64],
+    placed: Placed,
 ) -> Placed:
     """What is inserted with ``replace``; places are base positions.
 
@@ -67,11 +82,12 @@ def replaced(
 
     Args:
         spared: sample ids, ascending.
+        placed: what is inserted already, and keeps its places.
 
     Raises:
         ValueError: more insertions than places.
     """
-    taken, ids = np.empty(0, np.int64), np.empty(0, np.int64)
+    taken, ids = placed
     for key, op in inserts:
         places = _free_places(order, key, op, spared, taken)
         # Where they stand comes from the draw, who stands where from the samples' own order.

@@ -89,17 +89,18 @@ class BaseChanges:
 class Masks:
     """A plan's masks, of which an online run may have one for every step."""
 
-    def __init__(self, order: BaseOrder, plan: Plan) -> None:
+    def __init__(self, order: BaseOrder) -> None:
         self._size = order.batch_size
         self._masks: list[Mask] = []
         self._windows = np.empty((0, 3), np.int64)  # first and last position, whether of the run
-        self._add(plan.operations)
 
     def extended(self, operations: Sequence[Operation]) -> Masks:
-        """These and more."""
+        """These and the masks among the operations."""
+        masks = [op for op in operations if isinstance(op, Mask)]
+        windows = np.array([self._window(mask) for mask in masks], np.int64).reshape(-1, 3)
         more = copy.copy(self)
-        more._masks = list(self._masks)
-        more._add(operations)
+        more._masks = [*self._masks, *masks]
+        more._windows = np.concatenate([self._windows, windows])
         return more
 
     def weights(
@@ -132,12 +133,6 @@ class Masks:
             hit[hit] = find(mask.sample_ids, ids[hit])[1]
             weights[hit] = weights[hit] * mask.weight if mask.online else mask.weight
         return weights
-
-    def _add(self, operations: Sequence[Operation]) -> None:
-        masks = [op for op in operations if isinstance(op, Mask)]
-        windows = np.array([self._window(mask) for mask in masks], np.int64).reshape(-1, 3)
-        self._masks += masks
-        self._windows = np.concatenate([self._windows, windows])
 
     def _window(self, mask: Mask) -> tuple[int, int, int]:
         first, last = (0, 2**62) if mask.steps is None else mask.steps

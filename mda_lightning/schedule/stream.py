@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from mda_lightning.base_order import BaseOrder
 from mda_lightning.files import sha256_of
-from mda_lightning.interventions.operations import Insert, Mask, Operation, Steps, is_online
+from mda_lightning.interventions.operations import Insert, Mask, Operation, is_online
 from mda_lightning.interventions.plan import Plan
-from mda_lightning.schedule.fitting import check_fits
-from mda_lightning.schedule.placing import Placed, find, replaced, shifted
+from mda_lightning.schedule.fitting import check_fits, check_order, check_run_clock
+from mda_lightning.schedule.placing import Placed, find, nothing, replaced, shifted
 from mda_lightning.schedule.rewriting import BaseChanges, Masks
 from mda_lightning.shuffling import key_of
 
@@ -59,28 +59,32 @@ class Schedule:
     def __init__(self, order: BaseOrder, plan: Plan | None = None) -> None:
         self.order = order
         self.plan = plan if plan is not None else Plan()
-        self._place()
+        check_order(order, self.plan)
+        # What is decided later has no say in where the plan's own insertions stand.
+        planned = [op.named_ids for op in self.plan.operations if not is_online(op)]
+        self._spared = np.unique(np.concatenate([self.plan.spared, *planned]))
+        self._shifted = self._replaced = nothing()
+        self._base_changes = BaseChanges(order, self.plan)
+        self._masks = Masks(order)
+        self._take(0)
         self._block_steps = max(1, _SAMPLES_PER_BLOCK // order.batch_size)
         self._blocks: dict[int, ScheduledBatch] = {}
 
-    def _place(self) -> None:
-        order, plan = self.order, self.plan
-        check_fits(order, plan)
+    def _take(self, first: int) -> None:
+        """Carry out the plan's operations from number ``first`` on."""
+        order, plan, new = self.order, self.plan, self.plan.operations[first:]
+        check_fits(order, plan, new)
         inserts = [
             (key_of("insertion", plan.seed or 0, number), op)
-            for number, op in enumerate(plan.operations)
+            for number, op in enumerate(new, first)
             if isinstance(op, Insert)
         ]
-        # What is decided later has no say in where the plan's own insertions stand.
-        planned = [op.named_ids for op in plan.operations if not is_online(op)]
-        spared = np.unique(np.concatenate([plan.spared, *planned]))
-        self._shifted = shifted(order, [(k, op) for k, op in inserts if op.placement == "shift"])
-        self._replaced = replaced(
-            order, [(k, op) for k, op in inserts if op.placement == "replace"], spared
-        )
-        self._base_changes = BaseChanges(order, plan)
-        self._masks = Masks(order, plan)
-        check_run_clock(plan.operations, len(self))
+        by_shift = [(key, op) for key, op in inserts if op.placement == "shift"]
+        by_replacement = [(key, op) for key, op in inserts if op.placement == "replace"]
+        self._shifted = shifted(order, by_shift, self._shifted)
+        self._replaced = replaced(order, by_replacement, self._spared, self._replaced)
+        self._masks = self._masks.extended(new)
+        check_run_clock(new, len(self))
 
     def __len__(self) -> int:
         """Optimizer steps of the run, those that shifted insertions add included."""
@@ -145,11 +149,7 @@ class Schedule:
         extended = copy.copy(self)
         extended.plan = self.plan.with_operations(operations)
         extended._blocks = {}
-        if any(isinstance(op, Insert) for op in operations):
-            extended._place()
-        else:
-            check_run_clock(operations, len(self))
-            extended._masks = self._masks.extended(operations)
+        extended._take(len(self.plan.operations))
         return extended
 
     @property
@@ -203,15 +203,3 @@ def _put(
         hit &= ~unless
     ids[hit] = placed.sample_ids[index[hit]]
     return hit
-
-
-def check_run_clock(operations: Sequence[Operation], n_steps: int) -> None:
-    """Raise ValueError where a window that counts in the run's steps ends outside the run."""
-    for op in operations:
-        by_run = isinstance(op, Mask) and op.clock == "run"
-        window: Steps | None = op.steps
-        if by_run and window is not None and window[1] > n_steps:
-            raise ValueError(
-                f"the window {window} ends outside the run, which has {n_steps} steps; make it "
-                "end earlier"
-            )
