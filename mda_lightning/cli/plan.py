@@ -149,15 +149,17 @@ def _control(options: argparse.Namespace) -> int:
             exclude=excluded_ids(options.exclude),
             treated=options.treated,
         )
-        written = []
+        written = None
         if matched.content_hash != plan.content_hash:
             path = options.plan.with_name(f"{options.plan.stem}-matched.json")
             about = [f"train this one instead of {options.plan}: it takes the controls' places"]
-            written.append(plan_make.write(matched, path, stream=stream, about=about))
+            written = plan_make.write(matched, path, stream=stream, about=about)
         paths = plan_make.control_paths(options.plan, options.draws)
-        for control, path in zip(controls, paths, strict=True):
-            written.append(plan_make.write(control, path, stream=stream))
-        print_written(written, as_json=options.json)
+        of_controls = [
+            plan_make.write(control, path, stream=stream)
+            for control, path in zip(controls, paths, strict=True)
+        ]
+        print_written(written, of_controls, as_json=options.json)
     return EXIT_OK
 
 
@@ -179,7 +181,7 @@ def _compose(options: argparse.Namespace) -> int:
         whole = whole.bound(source=source, name=options.name or output.stem)
         about = [f"composed of {', '.join(map(str, options.plans))}"]
         written = plan_make.write(whole, output, stream=stream_of(options), about=about)
-        print_written([written], as_json=options.json)
+        print_written(written, as_json=options.json)
     return EXIT_OK
 
 

@@ -255,9 +255,11 @@ def _write(
     about = [] if choice is None else [f"samples: {choice.words}"]
     if choice is not None and choice.left_out:
         about.append(f"left out: {', '.join(choice.left_out)}")
-    written = [plan_make.write(plan, output, stream=stream, about=about)]
+    written = plan_make.write(plan, output, stream=stream, about=about)
     paths = plan_make.control_paths(output, n_controls)
-    for control, path in zip(controls, paths, strict=True):
-        written.append(plan_make.write(control, path, stream=stream))
-    print_written(written, as_json=options.json)
+    of_controls = [
+        plan_make.write(control, path, stream=stream)
+        for control, path in zip(controls, paths, strict=True)
+    ]
+    print_written(written, of_controls, as_json=options.json)
     return EXIT_OK

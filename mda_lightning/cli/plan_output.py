@@ -47,23 +47,24 @@ def told() -> Iterator[None]:
         yield
 
 
-def print_written(written: Sequence[Written], *, as_json: bool) -> None:
+def print_written(plan: Written | None, controls: Sequence[Written] = (), *, as_json: bool) -> None:
     """What was made: the plan in full, its controls in a line each."""
-    first, *others = written
+    written = [*([] if plan is None else [plan]), *controls]
     for one in written:
         for message in one.warnings:
             print(f"mda-lightning: {one.path}: {message}", file=sys.stderr)
     if as_json:
-        stored = first.stored() | {"controls": [one.stored() for one in others]}
-        print(json.dumps(stored, indent=2))
+        stored = {} if plan is None else plan.stored()
+        print(json.dumps(stored | {"controls": [one.stored() for one in controls]}, indent=2))
         return
-    print(f"{first.path}: plan {first.plan.name!r}, content {first.plan.content_hash[:12]}")
-    for line in first.words:
-        print(f"  {line}")
-    for one in others:
-        print(
-            f"{one.path}: random control {one.plan.name!r}, "
-            f"{len(one.plan.treated_ids):,} samples, content {one.plan.content_hash[:12]}"
-        )
-    print(f"use: {first.use}")
-    print(f"     mda-lightning fit --config run.yaml --data.plan {first.path}")
+    if plan is not None:
+        print(f"{plan.path}: plan {plan.plan.name!r}, content {plan.plan.content_hash[:12]}")
+        for line in plan.words:
+            print(f"  {line}")
+    for one in controls:
+        print(f"{one.path}: random control, content {one.plan.content_hash[:12]}")
+        if plan is None:
+            for line in one.words:
+                print(f"  {line}")
+    print(f"use: {written[0].use}")
+    print(f"     mda-lightning fit --config run.yaml --data.plan {written[0].path}")

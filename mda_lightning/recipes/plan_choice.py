@@ -153,7 +153,7 @@ def from_file(path: Path, *, stream: BaseStream, filters: Filters) -> Choice:
     if stream.order is not None and filters.window is not None:
         pool = samples_of(stream.order, filters.window)
     source = {"ids": str(path), "excluded": len(named) - len(ids), "chosen": len(ids)}
-    words = f"the {len(ids):,} samples of {path}{_conditions(filters)}"
+    words = f"the {len(ids):,} samples of {path}{_conditions(Filters(exclude=filters.exclude))}"
     return Choice(ids, words, source, pool=pool, name=path.stem)
 
 

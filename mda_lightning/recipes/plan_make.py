@@ -173,6 +173,8 @@ def pool_of(plan: Plan, stream: BaseStream, window: Steps | None = None) -> NDAr
 
 def control_paths(path: Path, n_controls: int) -> list[Path]:
     """Where the controls of a plan file go: ``<plan>-random.json``, or numbered from 1."""
+    if n_controls < 1:
+        return []
     if n_controls == 1:
         return [path.with_name(f"{path.stem}-random{path.suffix}")]
     return [

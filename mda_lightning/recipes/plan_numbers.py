@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from mda_lightning.schedule import Schedule
 from mda_lightning.schedule.strip import KINDS, OperationCount, Strip, strip_of
 
 _NAMED = 10
+_SHOWN = 10  # operations
 
 _WHAT = {
     "masked": "masked",
@@ -97,7 +99,11 @@ def spans_of(strip: Strip) -> dict[str, Any]:
 
 def words_of(numbers: Mapping[str, Any]) -> list[str]:
     """The numbers as sentences, a line each: what is done, then what comes of it."""
-    lines = [operation["words"] for operation in numbers["operations"]]
+    operations = numbers["operations"]
+    lines = [operation["words"] for operation in operations[:_SHOWN]]
+    if len(operations) > _SHOWN:  # a run that was steered has one for each decision
+        more = Counter(operation["operation"] for operation in operations[_SHOWN:])
+        lines.append("and " + ", ".join(f"{_n(n, kind)} more" for kind, n in more.items()))
     lines += _of_the_run(numbers)
     for kind, told in numbers.get("a_step", {}).items():
         first, last = told["steps"]
@@ -110,10 +116,10 @@ def words_of(numbers: Mapping[str, Any]) -> list[str]:
 
 def warnings_of(numbers: Mapping[str, Any]) -> list[str]:
     """What is probably not meant."""
-    found = []
+    found: list[str] = []
     for operation in numbers["operations"]:
         unmet = operation.get("unmet", 0)
-        if unmet:
+        if unmet and len(found) < _SHOWN:
             named = ", ".join(map(str, operation["unmet_ids"]))
             more = ", ..." if unmet > len(operation["unmet_ids"]) else ""
             where = _steps(operation["steps"])
@@ -174,7 +180,9 @@ def _words(op: Operation, count: OperationCount | None, batch: int | None) -> st
             if op.placement == "shift"
             else "in the places of random base samples"
         )
-        return f"insert: {_n(len(op.sample_ids), 'sample')}{times}, {how}, {then}{online}"
+        if op.placement == "shift":
+            share = ""
+        return f"insert: {_n(len(op.sample_ids), 'sample')}{times}, {how}, {then}{share}{online}"
     if isinstance(op, Prune):
         return f"prune: a random {op.fraction:.4g} of {where} with weight {op.weight:g}{share}"
     if op.sample_ids is not None:

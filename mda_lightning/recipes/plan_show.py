@@ -28,7 +28,7 @@ __all__ = ["Rates", "show"]
 _SHADES = "·░▒▓█"
 _LABEL, _LEGEND = 11, 24  # columns beside the strip
 _LEAST, _MOST = 20, 120
-_SAMPLES = 3
+_SAMPLES, _OPERATIONS = 3, 6  # of which examples are shown
 _STYLES: dict[Kind, str] = {
     "masked": "red",
     "reweighted": "magenta",
@@ -167,7 +167,7 @@ def _rates(schedule: Schedule, rates: Rates | None) -> dict[str, Any]:
         told["total_steps"] = rates.total_steps
         told["windows"] = [
             rates_of(schedule, window, rates)
-            for window in windows
+            for window in windows[:_OPERATIONS]
             if window[1] <= schedule.order.n_steps
         ]
     return told
@@ -211,7 +211,7 @@ def _with_sources(rows: TokenRows | None, sources: tuple[Source, ...]) -> TokenR
 def _examples(plan: Plan, rows: TokenRows | None) -> list[dict[str, Any]]:
     """The first samples of each operation, with their text where it is at hand."""
     found = []
-    for op in plan.operations:
+    for op in plan.operations[:_OPERATIONS]:
         ids = op.named_ids[:_SAMPLES]
         for sample in ids.tolist():
             found.append(

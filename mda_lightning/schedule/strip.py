@@ -7,7 +7,7 @@ its window: memory is that of the plan, however long the run.
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -189,11 +189,11 @@ def strip_of(
 def run_steps(schedule: Schedule, window: Steps) -> Steps:
     """The run's steps [first, last) that hold all places of a window of base steps.
 
-    What a shift inserted into the window is among them; the first and the last step may hold
-    places of the base steps before and after.
+    What a shift inserted into the window is among them, also before its first base place; at
+    either end, one or two steps may hold places of other base steps.
     """
     numbers = range(len(schedule) + 1)
-    first = bisect_right(numbers, window[0], key=schedule.base_step_at) - 1
+    first = bisect_left(numbers, window[0], key=schedule.base_step_at) - 1
     last = bisect_left(numbers, window[1] + 1, key=schedule.base_step_at)
     return max(0, first), min(last, len(schedule))
 
