@@ -241,6 +241,7 @@ def test_a_killed_run_goes_on(
 ) -> None:
     """Steps that were flushed after the last checkpoint are done, and recorded, again."""
     monkeypatch.setattr("mda_lightning.datamodules.ledger_writer._FLUSH_EVERY", 3)
+    monkeypatch.setattr("mda_lightning.datamodules.ledger_writer._SECONDS", 0)
     whole, run, killed = Recorder(), tmp_path / "run", tmp_path / "killed"
     fit(Recorder(), stream(rows, tmp_path / "same", PLAN), every_step(tmp_path))
     fit(whole, stream(rows, run, PLAN), Copying(8, run, killed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -33,7 +34,10 @@ from mda_lightning.schedule.ledger_parts import LedgerParts
 from mda_lightning.schedule.ledger_rows import Share
 
 FIELDS = ("sample_id", "weight", "provenance")
-_FLUSH_EVERY = 100  # steps; a killed run loses no more than since its last checkpoint anyway
+# A killed run loses no more than since its last checkpoint anyway.
+_FLUSH_EVERY = 100  # steps, and
+_SECONDS = 10.0  # since the last time
+_MOST_HELD = 2**20  # places, on the device
 
 
 class StreamOwner(Protocol):
@@ -48,9 +52,10 @@ class StreamOwner(Protocol):
 class LedgerWriter(Callback):
     """Write down the sample id, weight and provenance of every place of every step trained on.
 
-    They are read from the batch that the training step was given, on the device, and moved to disk
-    every 100 steps, whenever a checkpoint is saved and at the end. A step counts once it has been
-    trained. Every rank writes its own. In ``stream/`` in the run's folder:
+    They are read from the batch that the training step was given, stay on its device, and are moved
+    to disk now and then (after at least 100 steps and 10 seconds), whenever a checkpoint is saved
+    and at the end. A step counts once it has been trained. Every rank writes its own. In
+    ``stream/`` in the run's folder:
 
     ======================  ======================================================================
     ``ledger/``             the places, see :mod:`~mda_lightning.schedule.ledger_rows`
@@ -79,6 +84,7 @@ class LedgerWriter(Callback):
         self._saved_plan: Any = None
         self._now: tuple[int, Any, dict[str, torch.Tensor]] | None = None
         self._held: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self._flushed = time.monotonic()
         self._warned = False
 
     # -- Lightning ----------------------------------------------------------------------------
@@ -117,7 +123,7 @@ class LedgerWriter(Callback):
         if self._parts is None:
             # Not before: what is refused until here leaves an earlier run's ledger alone.
             self._attempt(lambda: self._begin(trainer))
-        if len(self._held) >= _FLUSH_EVERY * self._accumulate:
+        if self._is_due():
             self._flush(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,6 +156,12 @@ class LedgerWriter(Callback):
     def _accumulate(self) -> int:
         return self._data._position.accumulate
 
+    def _is_due(self) -> bool:
+        if len(self._held) < _FLUSH_EVERY * self._accumulate:
+            return False
+        late = time.monotonic() - self._flushed >= _SECONDS
+        return late or len(self._held) * self._share.size >= _MOST_HELD
+
     def _end_micro_batch(self) -> None:
         """Keep what the training step was given.
 
@@ -160,10 +172,12 @@ class LedgerWriter(Callback):
         number, batch, fields = self._now
         self._now = None
         fields |= _fields_of(batch)
-        self._held.append((number, {name: field.clone() for name, field in fields.items()}))
+        kept = {name: field.detach().clone() for name, field in fields.items()}
+        self._held.append((number, kept))
 
     def _flush(self, trainer: pl.Trainer) -> bool:
         """Write the steps that have been trained; returns whether all of them now are."""
+        self._flushed = time.monotonic()
         if self.folder is None:
             return False
         if self._now is not None:
@@ -306,7 +320,7 @@ def _fields_of(batch: Any) -> dict[str, torch.Tensor]:
     if not isinstance(batch, Mapping):
         return {}
     return {
-        name: batch[name].detach()
+        name: batch[name]
         for name in FIELDS
         if name in batch and isinstance(batch[name], torch.Tensor)
     }

@@ -92,15 +92,15 @@ def _all_parts(folder: Path) -> list[Part]:
 
 def _merged(parts: list[Part]) -> set[Part]:
     """Those whose steps a later part of the same rank covers."""
-    return {
-        one
-        for other in parts
-        for one in parts
-        if one.rank == other.rank
-        and one.number < other.number
-        and other.first <= one.first
-        and one.last <= other.last
-    }
+    later: dict[int, list[Part]] = {}
+    merged = set()
+    for part in sorted(parts, key=lambda one: -one.number):
+        others = later.setdefault(part.rank, [])
+        if any(other.first <= part.first and part.last <= other.last for other in others):
+            merged.add(part)
+        else:
+            others.append(part)
+    return merged
 
 
 def part_path(folder: Path, facts: PartFacts, *, number: int) -> Path:
