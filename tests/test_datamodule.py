@@ -297,6 +297,7 @@ def test_two_ranks_train_on_the_global_batch(rows: TokenRows, tmp_path: Path) ->
         accelerator="cpu",
         devices=2,
         strategy="ddp_spawn",
+        default_root_dir=tmp_path,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
