@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,19 @@ def steered(
 
 
 def replayed(
-    folder: Path, rows: TokenRows, plan: Plan | str | None, **settings: Any
+    folder: Path,
+    rows: TokenRows,
+    plan: Plan | str | None,
+    *,
+    extra: Sequence[pl.Callback] = (),
+    **settings: Any,
 ) -> tuple[pl.Trainer, TokenDataModule]:
     """An ordinary fit under a plan, without steering."""
     data = TokenDataModule(
         rows, batch_size=BATCH, n_steps=STEPS, seed=2, plan=plan, folder=str(folder)
     )
     module = MovingModule()
-    return fit(module, [], folder, data=data, max_steps=STEPS, **settings), data
+    return fit(module, list(extra), folder, data=data, max_steps=STEPS, **settings), data
 
 
 def weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
