@@ -439,6 +439,21 @@ def test_what_was_tampered_with_is_named(rows: TokenRows, tmp_path: Path) -> Non
     assert any("slot" in difference for difference in report.differences)
 
 
+def test_samples_of_another_corpus(rows: TokenRows, tmp_path: Path) -> None:
+    others = TokenRows.write(tmp_path / "others", rows.get(range(5)) + 1, provenance={})
+    plan = Plan.insert_rows(others, steps=(2, 6))
+    module, data = Recorder(), stream(rows, tmp_path / "run", plan)
+    fit(module, data)
+    assert recorded(tmp_path / "run") == module.seen == expected(data.schedule)
+    assert sum(sample >= 2**40 for _, sample, _, _ in module.seen) == 5
+    report = verified(tmp_path / "run")
+    assert any(line.startswith("source 'others'") for line in report.verified)
+    assert report.verified[-1].endswith("5 inserted")
+    TokenRows.write(tmp_path / "others", rows.get(range(5)), provenance={})
+    (difference,) = verify_run(tmp_path / "run").differences
+    assert difference.startswith("the source 'others' at")
+
+
 def test_a_changed_or_missing_corpus_is_named(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 50, (24, 6))
     corpus = TokenRows.write(tmp_path / "c", tokens, provenance={})

@@ -154,12 +154,15 @@ class Ledger:
             KeyError: the ledger does not have them all.
             ValueError: a part is damaged.
         """
-        found = [
-            decode(reader.rows(begin, end), reader.facts.share, begin, end)
-            for reader in self._parts
-            if (begin := max(first, reader.facts.first) * reader.facts.step_places)
-            < (end := min(last, reader.facts.last) * reader.facts.step_places)
-        ]
+        found = []
+        for reader in self._parts:
+            facts = reader.facts
+            begin, end = max(first, facts.first), min(last, facts.last)
+            if begin < end:
+                numbers = begin * facts.step_places, end * facts.step_places
+                found.append(decode(reader.rows(*numbers), facts.share, *numbers))
+            else:
+                reader.release()
         columns: Any = zip(*found, strict=True) if found else [[np.empty(0, np.int64)]] * 5
         columns = [np.concatenate(column) for column in columns]
         by_position = np.argsort(columns[0], kind="stable")

@@ -191,6 +191,10 @@ class PartReader:
         """
         return self._groups(range(len(self._starts)))
 
+    def release(self) -> None:
+        """Give back the memory of what was read last."""
+        self._read = None
+
     def _groups(self, groups: range) -> LedgerRows:
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
