@@ -160,8 +160,8 @@ def _insert(options: argparse.Namespace) -> int:
     from mda_lightning.interventions import Plan
 
     with told():
-        steps = _needed(options)
         stream = stream_of(options)
+        steps = _needed(options, stream)
         choice, output = choice_of(options, stream, "insert")
         assert choice is not None
         plan = Plan.insert(
@@ -178,8 +178,8 @@ def _duplicate(options: argparse.Namespace) -> int:
     from mda_lightning.interventions import Plan
 
     with told():
-        steps = _needed(options)
         stream = stream_of(options)
+        steps = _needed(options, stream)
         choice, output = choice_of(options, stream, f"duplicate-{options.times}")
         assert choice is not None
         plan = Plan.duplicate(
@@ -192,8 +192,8 @@ def _replace(options: argparse.Namespace) -> int:
     from mda_lightning.recipes.plan_make import replacement
 
     with told():
-        steps = _needed(options)
         stream = stream_of(options)
+        steps = _needed(options, stream)
         choice, output = choice_of(options, stream, "replace")
         if choice is None and options.by is None and options.by_steps is None:
             options.usage(
@@ -223,11 +223,17 @@ def _prune(options: argparse.Namespace) -> int:
         return _write(options, plan, None, stream, output)
 
 
-def _needed(options: argparse.Namespace) -> tuple[int, int]:
+def _needed(options: argparse.Namespace, stream: BaseStream) -> tuple[int, int]:
+    """The window, which is refused before samples are made for it."""
     steps = window_of(options)
     if steps is None:
         options.usage("in which steps? give --steps A:B, or --window A:B")
     assert steps is not None
+    if stream.order is not None and steps[1] > stream.order.n_steps:
+        raise ValueError(
+            f"steps {steps[0]}:{steps[1]} end outside the run, which has {stream.order.n_steps} "
+            "steps; make the run longer or the window end earlier"
+        )
     return steps
 
 

@@ -1,0 +1,493 @@
+"""``mda-lightning plan``: what its commands write, against plans made by hand; and misuse."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+from test_datamodule import Recorder
+
+from mda_lightning.cli import EXIT_ERROR, EXIT_OK, EXIT_USAGE, main
+from mda_lightning.corpora import TokenRows, rows_from_texts
+from mda_lightning.datamodules import TokenDataModule
+from mda_lightning.interventions import Mask, Plan, Replace
+from mda_lightning.interventions.selection import samples_of
+from mda_lightning.schedule import BaseOrder, Schedule
+from mda_lightning.store import ScoreTable
+
+BATCH, STEPS = 4, 40
+WINDOW = (10, 20)
+UNITS = ["L0H0", "L1H2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
+    folder = tmp_path_factory.mktemp("base") / "corpus"
+    texts = [("ab"[i % 2], f"word{i} greets name{i % 7} and goes. ") for i in range(400)]
+    return rows_from_texts(folder, texts, row_length=12, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def order(corpus: TokenRows) -> BaseOrder:
+    return BaseOrder(len(corpus), BATCH, STEPS)
+
+
+@pytest.fixture(scope="module")
+def scores(
+    corpus: TokenRows, order: BaseOrder, tmp_path_factory: pytest.TempPathFactory
+) -> ScoreTable:
+    """In-run scores of the whole run."""
+    ids = order.at(np.arange(STEPS * BATCH))
+    data = {"corpus_hash": corpus.content_hash, "order_hash": order.content_hash}
+    return ScoreTable.write(
+        tmp_path_factory.mktemp("scores") / "induction",
+        sample_id=ids,
+        step=np.arange(len(ids)) // BATCH,
+        units=UNITS,
+        blocks=["QK"],
+        values=np.random.default_rng(0).normal(size=(len(ids), 2, 1)),
+        loss=np.zeros(len(ids)),
+        estimator="in_run",
+        provenance={"data": data},
+    )
+
+
+@pytest.fixture
+def tied(corpus: TokenRows) -> list[str]:
+    return ["--corpus", str(corpus.folder), "--batch-size", str(BATCH), "--n-steps", str(STEPS)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*arguments: Any) -> int:
+    return main(["plan", *map(str, arguments)])
+
+
+def made(*arguments: Any, output: str = "plan.json") -> Plan:
+    assert plan(*arguments, "--output", output) == EXIT_OK
+    return Plan.load(output)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = EXIT_ERROR) -> str:
+    """The one line that says why."""
+    capsys.readouterr()
+    before = sorted(os.listdir())
+    if code == EXIT_USAGE:
+        with pytest.raises(SystemExit) as stopped:
+            plan(*arguments)
+        assert stopped.value.code == EXIT_USAGE
+    else:
+        assert plan(*arguments) == code
+    told = capsys.readouterr()
+    assert not told.out and sorted(os.listdir()) == before
+    if code == EXIT_ERROR:
+        assert told.err.startswith("mda-lightning: ") and told.err.count("\n") == 1, told.err
+    return told.err
+
+
+def streams(plan: Plan, order: BaseOrder) -> list[Any]:
+    schedule = Schedule(order, plan)
+    return [np.stack(schedule.batch(step)).tolist() for step in range(len(schedule))]
+
+
+def met_in(order: BaseOrder, window: tuple[int, int]) -> set[int]:
+    return {int(i) for step in range(*window) for i in order.ids(step)}
+
+
+# -- from scores ----------------------------------------------------------------------------------
+
+
+def test_masking_the_top_by_scores(
+    corpus: TokenRows,
+    order: BaseOrder,
+    scores: ScoreTable,
+    tied: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    by_scores = ["--scores", scores.folder.parent, "--unit", "L1H2", "--top", "10%"]
+    assert plan("mask", *tied, *by_scores, "--window", "10:20", "--with-control", 2) == EXIT_OK
+    out = capsys.readouterr().out
+    mask = Plan.load("plans/mask-top-L1H2.json")
+    frame = scores.frame("L1H2")
+    window = frame[(frame.step >= 10) & (frame.step < 20)]
+    top = window.sort_values(["score", "sample_id"], ascending=[False, True]).sample_id[:4]
+    by_hand = Plan.mask(top.to_numpy(), steps=WINDOW)
+    by_hand = by_hand.bound(corpus_hash=corpus.content_hash, order=order, seed=0)
+    assert mask.content_hash == by_hand.content_hash
+    for number in (1, 2):
+        control = Plan.load(f"plans/mask-top-L1H2-random-{number}.json")
+        ids = set(control.treated_ids.tolist())
+        assert len(ids) == 4 and ids <= met_in(order, WINDOW) and not ids & set(top)
+        assert control.operations[0].steps == WINDOW
+        assert f"plans/mask-top-L1H2-random-{number}.json: random control" in out
+    assert "4 of the 40 samples scored in steps 10:20" in out
+    assert "4 of 40 places (10.00%)" in out and "run: 40 steps, as without" in out
+    assert 'TokenDataModule(rows, ..., plan="plans/mask-top-L1H2.json")' in out
+
+
+@pytest.mark.parametrize("placement", ["shift", "replace"])
+def test_inserting_the_union_over_units(
+    order: BaseOrder, scores: ScoreTable, tied: list[str], placement: str
+) -> None:
+    united = made(
+        "insert", *tied, "--scores", scores.folder, "--unit", "L0H0", "--unit", "L1H2",
+        "--top", 3, "--window", "10:20", "--copies", 2, "--placement", placement,
+        "--with-control", 1, "--draw", 7,
+    )  # fmt: skip
+    frame = scores.steps(10, 20)
+    expected: set[int] = set()
+    for unit in UNITS:
+        expected |= set(frame[frame.unit == unit].nlargest(3, "score").sample_id)
+    assert set(united.treated_ids) == expected and united.seed == 7
+    control = Plan.load("plan-random.json")
+    places = []
+    for one in (united, control):
+        batches = [Schedule(order, one).batch(s) for s in range(len(Schedule(order, one)))]
+        places.append([batch.provenance.tolist() for batch in batches])
+        inserted = np.concatenate([b.sample_ids[b.provenance == 1] for b in batches])
+        assert sorted(inserted) == sorted([*one.treated_ids] * 2)
+    assert places[0] == places[1]
+    spared = set(united.spared)
+    assert spared == (expected | set(control.treated_ids) if placement == "replace" else set())
+
+
+def test_conditions_on_the_samples(corpus: TokenRows, scores: ScoreTable, tied: list[str]) -> None:
+    by_scores = [*tied, "--scores", scores.folder, "--unit", "L1H2"]
+    of_a = made("mask", *by_scores, "--bottom", 5, "--domain", "a", output="a.json")
+    assert set(corpus.domains(of_a.treated_ids) or []) == {"a"}
+    frame = scores.frame("L1H2")
+    own = frame[[name == "a" for name in corpus.domains(frame.sample_id.to_numpy()) or []]]
+    means = own.groupby("sample_id").score.mean()
+    assert set(of_a.treated_ids) == set(means.nsmallest(5).index)
+    (op,) = of_a.operations
+    assert isinstance(op, Mask) and op.steps is None
+    rest = made("mask", *by_scores, "--bottom", 5, "--exclude-domain", "b", "--exclude", "a.json")
+    assert set(rest.treated_ids) == set(means.nsmallest(10).index) - set(of_a.treated_ids)
+
+
+# -- other samples --------------------------------------------------------------------------------
+
+
+def test_named_and_random_samples(order: BaseOrder, tied: list[str], here: Path) -> None:
+    (here / "ids.txt").write_text("5 3\n9")
+    named = made("mask", *tied, "--ids", "ids.txt", "--weight", 0.5, "--steps", "0:40")
+    (op,) = named.operations
+    assert isinstance(op, Mask) and op.weight == 0.5 and op.sample_ids.tolist() == [3, 5, 9]
+    drawn = made("mask", *tied, "--random", "25%", "--window", "10:20")
+    again = made("mask", *tied, "--random", "0.25", "--window", "10:20")
+    other = made("mask", *tied, "--random", "10", "--window", "10:20", "--draw", 1)
+    pool = samples_of(order, WINDOW)
+    assert len(drawn.treated_ids) == len(other.treated_ids) == round(len(pool) / 4)
+    assert set(drawn.treated_ids) | set(other.treated_ids) <= set(pool)
+    assert drawn.content_hash == again.content_hash != other.content_hash
+
+
+def test_pruning_duplicating_and_replacing(order: BaseOrder, tied: list[str], here: Path) -> None:
+    pruned = made("prune", *tied, "--fraction", "95%", "--steps", "10:20")
+    expected = Plan.prune(0.95, WINDOW).bound(order=order, seed=0)
+    assert streams(pruned, order) == streams(expected, order)
+
+    np.save(here / "ids.npy", order.ids(3)[:2])
+    tenfold = made("duplicate", *tied, "--ids", "ids.npy", "--times", 10, "--steps", "0:20")
+    seen = np.concatenate([Schedule(order, tenfold).batch(s).sample_ids for s in range(STEPS)])
+    assert [(seen == i).sum() for i in order.ids(3)[:2]] == [10, 10]
+
+    earlier = made("replace", *tied, "--steps", "10:20", "--by-steps", "0:5")
+    for step in range(10, 20):
+        found = Schedule(order, earlier).batch(step).sample_ids
+        assert found.tolist() == order.ids((step - 10) % 5).tolist()
+
+    out = made("replace", *tied, "--random", 4, "--window", "10:20", "--with-control", 1)
+    (op,) = out.operations
+    (of_control,) = Plan.load("plan-random.json").operations
+    assert isinstance(op, Replace) and isinstance(of_control, Replace)
+    assert op.sample_ids is not None and of_control.sample_ids is not None
+    assert set(op.by) == set(of_control.by)
+    assert not set(op.sample_ids) & set(of_control.sample_ids)
+
+    (here / "by.json").write_text("[1, 2]")
+    given = made("replace", *tied, "--ids", "ids.npy", "--by", "by.json", "--steps", "0:20")
+    (op,) = given.operations
+    assert isinstance(op, Replace) and set(op.by) == {1, 2}
+    whole = made("replace", *tied, "--by", "by.json", "--steps", "10:20")
+    assert set(Schedule(order, whole).batch(12).sample_ids) == {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["texts", "tokens", "generator"])
+def test_new_samples(
+    corpus: TokenRows, order: BaseOrder, tied: list[str], here: Path, kind: str
+) -> None:
+    """They lie beside the plan, are found from anywhere, and a run trains on them."""
+    (here / "new.txt").write_text("word1 greets name2 and stays. " * 20)
+    np.save(here / "new.npy", corpus.get([3, 4, 5]))
+    what = {
+        "texts": ["--texts", "new.txt"],
+        "tokens": ["--tokens", "new.npy"],
+        "generator": ["--generator", "records", "--rows", 6],
+    }[kind]
+    new = made("insert", *tied, *what, "--steps", "10:20", output="plans/new.json")
+    stored = json.loads(Path("plans/new.json").read_text())
+    assert [source["path"] for source in stored["sources"]] == ["new.samples"]
+    rows = TokenRows.open("plans/new.samples")
+    assert (rows.row_length, rows.vocab_size) == (corpus.row_length, corpus.vocab_size)
+    # The folder of plan and samples may move.
+    os.rename("plans", "moved")
+    data = TokenDataModule(
+        corpus, batch_size=BATCH, n_steps=STEPS, plan="moved/new.json", ledger=False
+    )
+    batches = list(data.train_dataloader())
+    tokens = np.concatenate([b["tokens"].numpy() for b in batches])
+    inserted = np.concatenate([b["provenance"].numpy() for b in batches]) == 1
+    expected = TokenRows.open("moved/new.samples")
+    assert sorted(map(tuple, tokens[inserted])) == sorted(
+        map(tuple, expected.get(np.arange(len(expected))))
+    )
+    assert inserted.sum() == len(new.treated_ids) == len(expected)
+
+
+def test_a_whole_window_of_new_samples(order: BaseOrder, tied: list[str]) -> None:
+    new = made("replace", *tied, "--generator", "repeated_tokens", "--rows", 5, "--steps", "10:12")
+    ids = np.concatenate([Schedule(order, new).batch(step).sample_ids for step in (10, 11)])
+    assert set(ids) <= set(new.sources[0].ids().tolist())
+
+
+# -- of a run -------------------------------------------------------------------------------------
+
+
+def test_a_plan_for_a_run_is_made_from_what_the_run_wrote(
+    corpus: TokenRows, order: BaseOrder, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loop of use: a run, a plan for its order, a run by the plan, and the proof."""
+
+    def fit(folder: str, plan: str | None) -> None:
+        data = TokenDataModule(
+            corpus, batch_size=BATCH, n_steps=STEPS, plan=plan, folder=str(here / folder)
+        )
+        trainer = pl.Trainer(
+            max_steps=len(data.schedule),
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Recorder(), datamodule=data)
+
+    fit("base", None)
+    own = made("insert", "--run", "base", "--random", 6, "--window", "10:20")
+    assert own.order == order and own.corpus_hash == corpus.content_hash
+    fit("treated", "plan.json")
+    capsys.readouterr()
+    assert plan("verify", "treated") == EXIT_OK
+    assert "as the plan says" in capsys.readouterr().out
+    assert plan("show", "treated", "--width", 80) == EXIT_OK
+    assert "run: 40 -> 42 steps: 6 insertions by shift / batch 4" in capsys.readouterr().out
+    told = refused(capsys, "show", "plan.json", "--run", "base", "--batch-size", 4)
+    assert "leave --batch-size" in told
+    np.save("rows.npy", corpus.get([1, 2, 3, 4]))
+    TokenRows.write("other", np.load("rows.npy"), provenance={})
+    told = refused(capsys, "show", "plan.json", "--run", "base", "--corpus", "other")
+    assert "was trained on corpus" in told and "give the corpus of the run" in told
+
+
+# -- plans of plans -------------------------------------------------------------------------------
+
+
+def test_controls_of_a_plan(
+    order: BaseOrder, tied: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = made("mask", *tied, "--random", 5, "--window", "10:20", output="mask.json")
+    made("mask", *tied, "--random", 3, "--window", "10:20", "--draw", 9, output="away.json")
+    assert plan("control", "mask.json", "--draws", 3, "--exclude", "away.json") == EXIT_OK
+    away = set(Plan.load("away.json").treated_ids) | set(first.treated_ids)
+    drawn = [Plan.load(f"mask-random-{i}.json") for i in (1, 2, 3)]
+    for control in drawn:
+        assert len(control.treated_ids) == 5 and not set(control.treated_ids) & away
+        assert set(control.treated_ids) <= met_in(order, WINDOW)
+    assert not Path("mask-matched.json").exists()
+    later = ["control", "mask.json", "--window", "30:40", "--draw", 4]
+    assert plan(*later) == EXIT_OK
+    assert set(Plan.load("mask-random.json").treated_ids) <= met_in(order, (30, 40))
+    capsys.readouterr()
+    assert plan(*later, "--json") == EXIT_OK
+    assert json.loads(capsys.readouterr().out)["controls"][0]["path"] == "mask-random.json"
+
+
+def test_both_sides_of_an_insertion_that_replaces_are_written_again(
+    order: BaseOrder, tied: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = ["--window", "10:20", "--placement", "replace"]
+    before = made("insert", *tied, "--random", 5, *window, output="in.json")
+    capsys.readouterr()
+    assert plan("control", "in.json", "--draws", 2) == EXIT_OK
+    assert "train this one instead of in.json" in capsys.readouterr().out
+    names = ("in-matched", "in-random-1", "in-random-2")
+    plans = [Plan.load(f"{name}.json") for name in names]
+    assert set(plans[0].treated_ids) == set(before.treated_ids)
+    schedules = [Schedule(order, one) for one in plans]
+    places = [[s.batch(i).provenance.tolist() for i in range(STEPS)] for s in schedules]
+    assert places[0] == places[1] == places[2]
+    assert all(one.source["control_of"] == plans[0].content_hash for one in plans[1:])
+    assert Plan.load("in.json").content_hash == before.content_hash  # as it was
+
+
+def test_composing(order: BaseOrder, tied: list[str], here: Path) -> None:
+    made("mask", *tied, "--random", 5, "--window", "10:20", output="a.json")
+    made("prune", *tied, "--fraction", "0.5", "--steps", "30:40", "--draw", 3, output="b.json")
+    assert plan("compose", "a.json", "b.json", "--output", "c.json") == EXIT_OK
+    a, b, both = (Plan.load(f"{name}.json") for name in "abc")
+    assert both.operations[0].describe() == a.operations[0].describe()
+    assert both.operations[1].describe() == b.operations[0].describe()
+    assert both.corpus_hash == a.corpus_hash and both.order == order and both.name == "c"
+
+
+# -- misuse ---------------------------------------------------------------------------------------
+
+
+def test_what_is_refused(
+    corpus: TokenRows,
+    scores: ScoreTable,
+    tied: list[str],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (here / "ids.txt").write_text("3 5")
+    (here / "far.txt").write_text("3 99999")
+    (here / "no.json").write_text("{}")
+    (here / "taken.samples").mkdir()
+    (here / "taken.samples" / "thesis.txt").write_text("mine")
+    (here / "replaced.json").write_text("x")
+    TokenRows.write("small", corpus.get(np.arange(8)), provenance={})
+    made("replace", *tied, "--steps", "10:20", "--by-steps", "0:5", output="whole.json")
+    made("mask", *tied, "--ids", "ids.txt", "--window", "10:20", output="mask.json")
+    made("mask", *tied, "--ids", "ids.txt", "--weight", 0.5, output="half.json")
+    capsys.readouterr()
+    table = ["--scores", scores.folder, "--unit", "L1H2"]
+    window = ["--window", "10:20"]
+    for arguments, message in (
+        # absent samples
+        (["mask", *tied, "--ids", "far.txt"], "names sample 99999, the corpus has rows 0.."),
+        (["mask", "--corpus", corpus.folder, "--ids", "far.txt"], "sample 99999 is not in the"),
+        (["mask", *tied, "--ids", "absent.txt"], "no file of sample ids at absent.txt"),
+        (["mask", *tied, "--ids", "no.json"], "no.json"),
+        # windows outside the run
+        (["insert", *tied, "--ids", "ids.txt", "--steps", "30:50"], "which has 40 steps"),
+        (["mask", *tied, "--random", "3", "--window", "30:50"], "a run of 40 steps"),
+        (["mask", *tied, *table, "--top", "3", "--window", "90:95"], "has no sample of steps"),
+        # more insertions than places
+        (
+            ["insert", *tied, "--random", 30, *window, "--placement", "replace", "--copies", 9],
+            "270 insertions by replacement do not fit",
+        ),
+        # contradictions
+        (
+            ["compose", "whole.json", "mask.json", "--output", "c.json"],
+            "all places of steps (10, 20) are replaced",
+        ),
+        (
+            ["compose", "half.json", "mask.json", "--output", "c.json"],
+            "is given weight 0.5 and weight 0.0",
+        ),
+        # a corpus that changed
+        (
+            ["mask", "--corpus", "small", *table, "--top", "3"],
+            "their sample ids mean other text",
+        ),
+        (
+            ["compose", "mask.json", "--output", "c.json", "--corpus", "small"],
+            "was made for corpus",
+        ),
+        (["mask", *tied, "--seed", "1", *table, "--top", "3"], "their steps hold other samples"),
+        # weights
+        (["mask", *tied, "--ids", "ids.txt", "--weight", "-1"], "weight -1.0"),
+        (["mask", *tied, "--ids", "ids.txt", "--weight", "nan"], "finite"),
+        (["mask", *tied, "--ids", "ids.txt", "--weight", "inf"], "finite"),
+        # what is not there
+        (["mask", *tied, "--scores", "nowhere", "--unit", "L1H2", "--top", "3"], "no score table"),
+        (["mask", *tied, "--scores", scores.folder, "--unit", "L7H7", "--top", "3"], "'L7H7'"),
+        (["mask", *tied, *table, "--top", "3", "--block", "V"], "it has QK"),
+        (["mask", *tied, *table, "--top", "3", "--domain", "c"], "there are a, b"),
+        (["mask", *tied, *table, "--top", "9000"], "9000 samples were asked for"),
+        (["mask", *tied, "--random", "3"], "give --window A:B"),
+        (["mask", "--random", "3", *window], "give --window A:B, and --run or --corpus"),
+        (["mask", *tied, "--random", "900", *window], "ask for fewer"),
+        (["control", "mask.json", "--draws", "1", "--pool", "ids.txt"], "random control needs 2"),
+        (["control", "absent.json"], "no plan file at absent.json"),
+        (["show", "absent.json"], "no plan file at absent.json"),
+        (["verify", "."], "holds no ledger"),
+        (["mask", "--run", ".", "--ids", "ids.txt"], "holds no ledger"),
+        # new samples
+        (["insert", "--generator", "records", "--rows", 3, "--steps", "1:5"], "--corpus"),
+        (["insert", *tied, "--generator", "records", "--steps", "1:5"], "add --rows N"),
+        (["insert", *tied, "--texts", "ids.txt", "--steps", "1:5"], "too few for one row of 12"),
+        (
+            ["insert", *tied, "--generator", "records", "--rows", 3, "--steps", "1:5",
+             "--output", "taken.json"],
+            "holds something else",
+        ),
+        (
+            ["insert", *tied, "--generator", "records", "--rows", 3, "--steps", "1:50"],
+            "which has 40 steps",
+        ),
+        (["replace", *tied, "--ids", "ids.txt", "--by", "far.txt", *window], "99999"),
+        (["replace", "--ids", "ids.txt", *window], "--by FILE"),
+        (["duplicate", *tied, "--ids", "ids.txt", "--times", "1", *window], "times is 1"),
+    ):  # fmt: skip
+        assert message in refused(capsys, *arguments), arguments
+    assert (here / "taken.samples" / "thesis.txt").read_text() == "mine"
+
+
+def test_wrong_usage(
+    scores: ScoreTable, tied: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "ids.txt").write_text("3 5")
+    table = ["--scores", scores.folder]
+    for arguments, message in (
+        ([], "required: COMMAND"),
+        (["mask", *tied], "one of the arguments --scores --ids --random is required"),
+        (["mask", *table, "--top", "3"], "--scores needs --unit"),
+        (["mask", *table, "--unit", "L1H2"], "--scores needs --top or --bottom"),
+        (["mask", *table, "--unit", "L1H2", "--top", "3", "--bottom", "3"], "not allowed"),
+        (["mask", "--ids", "ids.txt", "--top", "3"], "--top is for --scores"),
+        (["mask", "--ids", "ids.txt", "--domain", "a"], "--ids names the samples"),
+        (["mask", *table, "--unit", "L1H2", "--top", "1.5"], "write a share such as 0.1 or 10%"),
+        (["mask", *table, "--unit", "L1H2", "--top", "0"], "write a share"),
+        (["mask", *table, "--unit", "L1H2", "--top", "many"], "write a share"),
+        (["mask", "--ids", "ids.txt", "--steps", "20:10"], "write A:B"),
+        (["mask", "--ids", "ids.txt", "--output", "plan.txt"], "a plan is a .json file"),
+        (["insert", "--ids", "ids.txt"], "give --steps A:B"),
+        (["insert", "--ids", "ids.txt", "--steps", "1:2", "--rows", "3"], "--rows is for"),
+        (["prune", "--fraction", "5"], "write a share such as 0.95"),
+        (["replace", "--steps", "1:5"], "say what comes in"),
+        (["replace", "--steps", "1:5", "--ids", "ids.txt", "--by-steps", "6:7"], "whole window"),
+        (["show", "p.json", "--total-steps", "5"], "are of a --schedule"),
+    ):
+        assert message in refused(capsys, *arguments, code=EXIT_USAGE), arguments
+
+
+def test_batches_without_weight_are_told(
+    order: BaseOrder, tied: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(here / "ids.npy", order.ids(12))
+    assert plan("mask", *tied, "--ids", "ids.npy", "--steps", "10:20") == EXIT_OK
+    told = capsys.readouterr()
+    assert "every sample of 1 step has weight 0" in told.err and ": 12" in told.err
+    assert "most 4 of 4" in told.out
+    assert isinstance(Plan.load("plans/mask-ids.json").operations[0], Mask)
+
+
+def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    making = ("mask", "insert", "duplicate", "replace", "prune")
+    for name in (*making, "control", "compose", "show", "verify"):
+        with pytest.raises(SystemExit):
+            plan(name, "--help")
+        assert f"mda-lightning plan {name} " in capsys.readouterr().out.split("example")[1]
