@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mda_lightning.interventions.operations import Steps
-from mda_lightning.pretraining.module import DEFAULT_DECAY_FRACTION
-from mda_lightning.pretraining.optimization import ScheduleName, learning_rate_schedule
-from mda_lightning.pretraining.sizes import WARMUP_FRACTION
 from mda_lightning.schedule import Schedule
 from mda_lightning.schedule.strip import run_steps
+
+if TYPE_CHECKING:
+    from mda_lightning.pretraining.optimization import ScheduleName
 
 _STEPS_AT_ONCE = 1024
 
@@ -36,6 +36,11 @@ class Rates:
 
     def over(self, n_steps: int) -> Callable[[int], float]:
         """The rate of each step of a run of ``n_steps``."""
+        # These take seconds to import, which a plan shown without rates need not wait for.
+        from mda_lightning.pretraining.module import DEFAULT_DECAY_FRACTION
+        from mda_lightning.pretraining.optimization import learning_rate_schedule
+        from mda_lightning.pretraining.sizes import WARMUP_FRACTION
+
         total = self.total_steps or n_steps
         warmup = self.warmup_steps
         shape = learning_rate_schedule(
