@@ -274,7 +274,7 @@ def test_a_new_run_replaces_an_earlier_one(rows: TokenRows, tmp_path: Path) -> N
 
 
 class Steering(Callback):
-    """Masks and inserts while the run goes on; changes weights of the batch at hand in place."""
+    """Masks and inserts while the run goes on; gives the batch at hand its new weights."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -285,7 +285,7 @@ class Steering(Callback):
             ids = batch["sample_id"][:2].numpy()
             mask = Mask(ids, (3, 4), clock="run", online=True)
             data.steer([mask], from_step=3)
-            batch["weight"].copy_(torch.from_numpy(data.schedule.batch(3).weights.copy()))
+            batch["weight"] = torch.from_numpy(data.schedule.batch(3).weights.copy())
 
 
 def test_what_is_decided_during_the_run_is_in_plan_and_ledger(

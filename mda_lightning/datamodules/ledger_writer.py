@@ -34,6 +34,16 @@ from mda_lightning.schedule.ledger_parts import LedgerParts
 from mda_lightning.schedule.ledger_rows import Share
 
 FIELDS = ("sample_id", "weight", "provenance")
+# Of the stream.json of a run that is gone on with.
+_CARRIED_ON = (
+    "steps",
+    "began_from",
+    "attempts",
+    "corpus_hash",
+    "order_hash",
+    "plan_hash",
+    "given_plan_hash",
+)
 # A killed run loses no more than since its last checkpoint anyway.
 _FLUSH_EVERY = 100  # steps, and
 _SECONDS = 10.0  # since the last time
@@ -80,7 +90,6 @@ class LedgerWriter(Callback):
         self._parts: LedgerParts | None = None
         self._share = Share()
         self._stream: dict[str, Any] = {}
-        self._written: dict[str, Any] = {}
         self._saved_plan: Any = None
         self._now: tuple[int, Any, dict[str, torch.Tensor]] | None = None
         self._held: list[tuple[int, dict[str, torch.Tensor]]] = []
@@ -197,20 +206,23 @@ class LedgerWriter(Callback):
         parent = None
         if start and self._parent is not None:
             parent = {key: self._parent[key] for key in ("step", "plan_hash", "stream_hash")}
-        goes_on = (
-            former is not None
-            and parent is not None
-            and former["order_hash"] == data.schedule.order.content_hash
-            and former["steps"][0] <= start
-            and parent["plan_hash"] in (former["plan_hash"], former["given_plan_hash"])
-        )
-        parts.discard_from(start if goes_on else 0)
+        if (
+            former is None
+            or parent is None
+            or former["order_hash"] != data.schedule.order.content_hash
+            or former["corpus_hash"] != data.rows.content_hash
+            or former["steps"][0] > start
+            or parent["plan_hash"] not in (former["plan_hash"], former["given_plan_hash"])
+        ):
+            former = {"steps": [start, start], "began_from": parent, "attempts": []}
+            parts.discard_from(0)
+        parts.discard_from(start)
         self._stream = {
             "kind": "stream",
             "schema_version": SCHEMA_VERSION,
-            "steps": [former["steps"][0] if former is not None and goes_on else start, start],
-            "began_from": former["began_from"] if former is not None and goes_on else parent,
-            "attempts": list(former["attempts"]) if former is not None and goes_on else [],
+            "steps": [former["steps"][0], start],
+            "began_from": former["began_from"],
+            "attempts": list(former["attempts"]),
         }
         self._stream["attempts"].append(
             {
@@ -328,9 +340,8 @@ def _fields_of(batch: Any) -> dict[str, torch.Tensor]:
 
 def _former(folder: Path) -> dict[str, Any] | None:
     """What an earlier run's ``stream.json`` says; None where there is none to go on with."""
-    wanted = ("steps", "began_from", "attempts", "order_hash", "plan_hash", "given_plan_hash")
     try:
         stored = read_stream(folder / STREAM_FILE)
-        return {key: stored[key] for key in wanted}
+        return {key: stored[key] for key in _CARRIED_ON}
     except (OSError, ValueError, KeyError):
         return None

@@ -19,7 +19,7 @@ from mda_lightning.schedule.ledger import PLAN_FILE, STREAM_FILE, Ledger
 from mda_lightning.schedule.ledger_rows import Places
 
 _MOST_SHOWN = 5
-_MOST_REREAD = 4 * 2**30  # bytes of a corpus whose hash is computed again
+_MOST_REREAD = 2 * 2**30  # bytes of a corpus whose hash is computed again
 
 _NEEDED = (
     "steps",
