@@ -260,6 +260,26 @@ def test_a_whole_window_of_new_samples(order: BaseOrder, tied: list[str]) -> Non
     assert set(ids) <= set(new.sources[0].ids().tolist())
 
 
+def test_samples_of_another_corpus_by_their_scores(
+    corpus: TokenRows, order: BaseOrder, scores: ScoreTable, here: Path
+) -> None:
+    """The corpus was scored, the run is of another one."""
+    ids = np.random.default_rng(0).permutation(len(corpus))
+    small = TokenRows.write(
+        "small", corpus.get(ids[:30]), vocab_size=corpus.vocab_size, provenance={}
+    )
+    tied = ["--corpus", "small", "--batch-size", BATCH, "--n-steps", STEPS]
+    by_scores = ["--scores", scores.folder, "--unit", "L1H2", "--top", 3]
+    new = made("insert", *tied, *by_scores, "--rows-of", corpus.folder, "--steps", "10:20")
+    ids, means = scores.mean_scores("L1H2")
+    data = TokenDataModule(small, batch_size=BATCH, n_steps=STEPS, plan="plan.json", ledger=False)
+    batches = list(data.train_dataloader())
+    tokens = np.concatenate([b["tokens"].numpy()[b["provenance"].numpy() == 1] for b in batches])
+    best = corpus.get(ids[np.argsort(-means)[:3]])
+    assert sorted(map(tuple, tokens)) == sorted(map(tuple, best))
+    assert new.corpus_hash == small.content_hash
+
+
 # -- of a run -------------------------------------------------------------------------------------
 
 
@@ -466,6 +486,10 @@ def test_wrong_usage(
         (["mask", "--ids", "ids.txt", "--output", "plan.txt"], "a plan is a .json file"),
         (["insert", "--ids", "ids.txt"], "give --steps A:B"),
         (["insert", "--ids", "ids.txt", "--steps", "1:2", "--rows", "3"], "--rows is for"),
+        (
+            ["insert", "--ids", "ids.txt", "--rows-of", ".", "--steps", "1:2"],
+            "--rows-of is for --scores",
+        ),
         (["prune", "--fraction", "5"], "write a share such as 0.95"),
         (["replace", "--steps", "1:5"], "say what comes in"),
         (["replace", "--steps", "1:5", "--ids", "ids.txt", "--by-steps", "6:7"], "whole window"),

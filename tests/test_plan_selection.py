@@ -366,3 +366,24 @@ def test_what_is_wrong_with_a_plan_from_scores(table: ScoreTable, tmp_path: Path
 def test_samples_of_a_window() -> None:
     expected = sorted({int(i) for step in range(3, 8) for i in ORDER.ids(step)})
     assert samples_of(ORDER, (3, 8)).tolist() == expected
+
+
+def test_samples_of_another_corpus_are_inserted_by_their_scores(table: ScoreTable) -> None:
+    """The ids of the table are then rows of that corpus."""
+    other = Source("other", "c" * 64, N, 9)
+    plan, control = plan_from_scores(
+        table, "L1H2", action="insert", count=3, steps=(0, 5), rows_of=other, control_seed=1
+    )
+    best = select(table, "L1H2", count=3)
+    assert set(plan.treated_ids) == set(other.ids(best.ids)) and plan.sources == (other,)
+    assert set(control.treated_ids) <= set(other.ids(best.pool)) - set(plan.treated_ids)
+    assert plan.corpus_hash is None  # that of the run is not the scored one
+    for settings, message in (
+        ({"action": "mask"}, "they can be inserted"),
+        ({"window": (2, 9)}, "have no window"),
+        ({"rows_of": Source("other", "d" * 64, N, 9)}, "are of corpus cccccccccccc"),
+        ({"rows_of": Source("other", "c" * 64, 5, 9)}, "rows 0..4; were these scores"),
+    ):
+        arguments: dict[str, Any] = {"action": "insert", "rows_of": other} | settings
+        with pytest.raises(ValueError, match=message):
+            plan_from_scores(table, "L1H2", count=3, steps=(0, 5), **arguments)

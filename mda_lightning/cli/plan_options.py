@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mda_lightning.cli.options import positive
 
 if TYPE_CHECKING:
+    from mda_lightning.corpora import TokenRows
     from mda_lightning.interventions.operations import Steps
     from mda_lightning.recipes.plan_choice import Amount, Choice, Filters
     from mda_lightning.recipes.plan_stream import BaseStream
@@ -48,6 +49,12 @@ def add_samples(parser: argparse.ArgumentParser, *, elsewhere: bool, required: b
             "--generator",
             metavar="NAME",
             help="new ones: repeated_tokens, records, or package.module:function",
+        )
+        which.add_argument(
+            "--rows-of",
+            type=Path,
+            metavar="FOLDER",
+            help="the corpus whose samples --scores are of, where that is not the run's",
         )
         which.add_argument(
             "--rows", type=positive, metavar="N", help="of the new ones; a generator needs it"
@@ -230,6 +237,7 @@ def choice_of(
             filters=filters,
             mechanism=options.mechanism,
             block=options.block,
+            rows_of=_rows_of(options, stream),
         )
     elif options.ids is not None:
         found = plan_choice.from_file(options.ids, stream=stream, filters=filters)
@@ -254,6 +262,17 @@ def window_of(options: argparse.Namespace) -> Steps | None:
     return found
 
 
+def _rows_of(options: argparse.Namespace, stream: BaseStream) -> TokenRows | None:
+    if getattr(options, "rows_of", None) is None:
+        return None
+    from mda_lightning.corpora import JoinedRows, TokenRows
+
+    found = TokenRows.open(options.rows_of)
+    if stream.rows is not None:
+        JoinedRows(stream.rows, {1: found})  # refuses rows that do not go together
+    return found
+
+
 def _filters(options: argparse.Namespace) -> Filters:
     from mda_lightning.recipes.plan_choice import Filters
 
@@ -274,6 +293,11 @@ def _check_usage(options: argparse.Namespace) -> None:
         options.texts or options.tokens or options.generator
     ):
         options.usage("--rows is for --texts, --tokens and --generator")
+    if getattr(options, "rows_of", None) is not None:
+        if not by_scores:
+            options.usage("--rows-of is for --scores")
+        if options.window is not None:
+            options.usage("samples of another corpus have no --window; give --steps")
     named = options.ids is not None
     if named and (options.domain or options.exclude_domain):
         options.usage("--ids names the samples; --domain chooses among scored or random ones")

@@ -86,6 +86,7 @@ def plan_from_scores(  # type: ignore[misc]  # the two above tell what comes bac
     domain_of: Domains | None = None,
     exclude: Exclusion | None = None,
     sources: Sequence[Source] = (),
+    rows_of: Source | None = None,
     mechanism: str | None = None,
     name: str | None = None,
 ) -> Plan | tuple[Plan, ...]:
@@ -111,6 +112,8 @@ def plan_from_scores(  # type: ignore[misc]  # the two above tell what comes bac
             names, if it does.
         seed: of the places that are drawn.
         sources: further corpora whose samples may be chosen or come in.
+        rows_of: the corpus that was scored, where that is another one than the run's; for
+            ``"insert"``. Ids, domains and exclusions are then of its rows.
         mechanism: which table of a folder of several.
         name: of the plan.
         fraction, count, which, block, window, domains, exclude_domains, domain_of, exclude: which
@@ -126,7 +129,11 @@ def plan_from_scores(  # type: ignore[misc]  # the two above tell what comes bac
             another corpus or order than those given.
     """
     table = open_scores(scores, mechanism)
-    corpus_hash = agreeing_corpus(table, corpus_hash, order)
+    if rows_of is None:
+        corpus_hash = agreeing_corpus(table, corpus_hash, order)
+    else:
+        _check_elsewhere(table, rows_of, action, window)
+        sources = (*sources, rows_of)
     if not table.complete:
         warnings.warn(
             f"{table.folder} is not complete: the run that writes it goes on or was interrupted",
@@ -154,6 +161,8 @@ def plan_from_scores(  # type: ignore[misc]  # the two above tell what comes bac
             stacklevel=2,
         )
     steps = window if steps is None else steps
+    if rows_of is not None:
+        chosen = chosen.rows_of(rows_of)
     plan = treat(
         chosen.ids,
         action=action,
@@ -335,6 +344,15 @@ def agreeing_corpus(
             "that run's"
         )
     return corpus_hash or theirs
+
+
+def _check_elsewhere(table: ScoreTable, rows_of: Source, action: str, window: Steps | None) -> None:
+    agreeing_corpus(table, rows_of.content_hash, None)
+    if action != "insert" or window is not None:
+        raise ValueError(
+            f"the samples of {table.folder} are rows of {rows_of.name!r}, which the run does not "
+            "have: they can be inserted, in steps=(start, end), and have no window"
+        )
 
 
 def _name(action: str, which: str, units: Sequence[str]) -> str:

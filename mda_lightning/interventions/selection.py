@@ -6,6 +6,7 @@ asked for and is not excluded. Fractions are of the candidates with a finite sco
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,21 @@ class Selected:
     source: dict[str, Any] = field(repr=False)
     n_not_finite: int = 0
     n_foreign: int = 0
+
+    def rows_of(self, source: Source) -> Selected:
+        """The same, as rows of another corpus than the base corpus.
+
+        Raises:
+            ValueError: the source has no such row.
+        """
+        try:
+            ids, pool = source.ids(self.ids), source.ids(self.pool)
+        except IndexError as error:
+            raise ValueError(
+                f"{error}; were these scores of another corpus? give the one that was scored"
+            ) from error
+        about = {**self.source, "rows_of": source.describe()}
+        return dataclasses.replace(self, ids=ids, pool=pool, source=about)
 
 
 def select(

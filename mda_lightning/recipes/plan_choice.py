@@ -95,16 +95,34 @@ def by_scores(
     filters: Filters,
     mechanism: str | None = None,
     block: str | None = None,
+    rows_of: TokenRows | None = None,
 ) -> Choice:
-    """The samples with the highest or lowest scores, see :func:`select`."""
+    """The samples with the highest or lowest scores, see :func:`select`.
+
+    Args:
+        rows_of: the corpus that was scored, where that is another one than the run's.
+    """
     table = open_scores(scores, mechanism)
-    corpus_hash = agreeing_corpus(table, stream.corpus_hash, stream.order)
+    scored = stream.rows if rows_of is None else rows_of
+    if rows_of is None:
+        corpus_hash = agreeing_corpus(table, stream.corpus_hash, stream.order)
+    else:
+        agreeing_corpus(table, rows_of.content_hash, None)
+        corpus_hash = None
     if not table.complete:
         warnings.warn(
             f"{table.folder} is not complete: the run that writes it goes on or was interrupted",
             stacklevel=2,
         )
-    of_corpus = stream.rows is not None and bool(stream.rows.domain_names) and not table.domains
+    if stream.added_steps and filters.window is not None:
+        warnings.warn(
+            f"the run was itself {stream.added_steps} steps longer than its base order: --window "
+            "counts the steps that were scored, its own, and --steps those of the base order",
+            stacklevel=2,
+        )
+    domain_of = None
+    if scored is not None and scored.domain_names and not table.domains:
+        domain_of = scored.domains
     found = select(
         table,
         units,
@@ -116,7 +134,7 @@ def by_scores(
         order=stream.order,
         domains=filters.domains,
         exclude_domains=filters.exclude_domains,
-        domain_of=stream.rows.domains if of_corpus and stream.rows is not None else None,
+        domain_of=domain_of,
         exclude=filters.exclude,
     )
     of = f"{which} {amount.words}"
@@ -132,11 +150,15 @@ def by_scores(
     if found.n_foreign:
         left_out.append(f"{found.n_foreign:,} scored samples that are no rows of the base corpus")
     name = f"{which}-{'+'.join(units) if len(units) <= 3 else f'{len(units)}-units'}"
+    if rows_of is not None:
+        words += f", rows of {rows_of.folder}"
+        found = found.rows_of(Source.of(rows_of))
     return Choice(
         found.ids,
         words,
         found.source,
         pool=found.pool,
+        sources=() if rows_of is None else (Source.of(rows_of),),
         corpus_hash=corpus_hash,
         name=name,
         left_out=left_out,

@@ -19,11 +19,14 @@ class BaseStream:
         rows: the corpus, where it is at hand.
         order: the base order.
         corpus_hash: content hash of the corpus.
+        added_steps: by which insertions made the run longer that this was read from; its own
+            steps are then not those of the base order.
     """
 
     rows: TokenRows | None = None
     order: BaseOrder | None = None
     corpus_hash: str | None = None
+    added_steps: int = 0
 
 
 def base_stream(
@@ -96,4 +99,4 @@ def _of_run(run: Path, rows: TokenRows | None) -> BaseStream:
             f"{run} was trained on corpus {corpus_hash[:12]} ({told['corpus']}), {rows.folder} is "
             f"{rows.content_hash[:12]}; give the corpus of the run, or leave --corpus out"
         )
-    return BaseStream(rows, ledger.order, corpus_hash)
+    return BaseStream(rows, ledger.order, corpus_hash, int(told.get("added_steps", 0)))
