@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from in_run_fits import INDUCTION, UNITS, MovingModule, scoring
+from lightning.pytorch.callbacks import ModelCheckpoint
 from training import fit
 
 from mda_lightning.callbacks import OnlineSteering, UnitMonitor
@@ -84,6 +85,7 @@ def steered(
     ckpt_path: Any = None,
     module: pl.LightningModule | None = None,
     in_run: bool = True,
+    first: Sequence[pl.Callback] = (),
     **trainer: Any,
 ) -> tuple[pl.Trainer, OnlineSteering, TokenDataModule]:
     """A fit whose loss weighs its samples, with in-run scoring and steering."""
@@ -106,13 +108,13 @@ def steered(
     )
     found = fit(
         MovingModule() if module is None else module,
-        [*before, one, *extra],
+        [*first, *before, one, *extra],
         folder,
         data=data,
         max_steps=max_steps,
         accumulate_grad_batches=accumulate,
         ckpt_path=ckpt_path,
-        enable_checkpointing=bool(extra),
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in extra),
         **trainer,
     )
     return found, one, data

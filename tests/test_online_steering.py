@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from in_run_fits import HEADS, INDUCTION, MovingModule
+from in_run_fits import HEADS, INDUCTION, UNITS, MovingModule, scoring
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from steered_runs import (
     BATCH,
@@ -23,9 +23,11 @@ from steered_runs import (
     suppress,
     weights,
 )
-from training import assert_bit_identical, training_state
+from training import assert_bit_identical, fit, training_state
 
+from mda_lightning.callbacks import OnlineSteering
 from mda_lightning.callbacks.steering import Decisions, FromScores, ReachLevel
+from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.influence import replay_scores
 from mda_lightning.influence.inverse_probes import CurvatureSettings, inverse_probes
 from mda_lightning.interventions import Mask, Plan
@@ -231,20 +233,38 @@ def test_from_scores_masks_and_inserts_by_the_earlier_table(tmp_path: Path) -> N
         assert sorted(part["sample_id"]) == sorted(ids.tolist())
 
 
+class SavesBefore(Callback):
+    """Saves a checkpoint of a step before the steering callback has acted after it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("saved", ["after", "before"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stop_at", [5, 8])
+@pytest.mark.parametrize("stop_at", [5, 7])
 def test_resumed_it_decides_and_trains_bit_for_bit_the_same(
-    tmp_path: Path, kind: str, stop_at: int
+    tmp_path: Path, kind: str, stop_at: int, saved: str
 ) -> None:
+    """From a checkpoint that was saved after the steering callback had acted, or before it had."""
     rows = corpus(tmp_path)
     earlier_scores(tmp_path)
     whole, _, _ = steered(tmp_path / "whole", rows, policies(kind, tmp_path))
-    saver = ModelCheckpoint(tmp_path / "at", filename="last", every_n_train_steps=stop_at)
-    steered(tmp_path / "cut", rows, policies(kind, tmp_path), saver, max_steps=stop_at + 3)
-    lost = Decisions.open(tmp_path / "cut")
     path = tmp_path / "at" / "last.ckpt"
+    first, extra = [], []
+    if saved == "before":
+        first = [SavesBefore(path, stop_at)]
+    else:
+        extra = [ModelCheckpoint(path.parent, filename="last", every_n_train_steps=stop_at)]
+    own = policies(kind, tmp_path)
+    steered(tmp_path / "cut", rows, own, *extra, first=first, max_steps=stop_at + 3)
+    lost = Decisions.open(tmp_path / "cut")
     cut, _, _ = steered(
-        tmp_path / "cut", rows, policies(kind, tmp_path), Seen(), ckpt_path=path, num_workers=2
+        tmp_path / "cut", rows, policies(kind, tmp_path), ckpt_path=path, num_workers=2
     )
     assert_bit_identical(training_state(cut), training_state(whole))
     a, b = Decisions.open(tmp_path / "whole"), Decisions.open(tmp_path / "cut")
@@ -253,6 +273,39 @@ def test_resumed_it_decides_and_trains_bit_for_bit_the_same(
         assert lost.frame["decided_at"].max() == stop_at + 2
     plan = Plan.load(tmp_path / "cut" / "steering" / "plan.json")
     assert plan.content_hash == b.plan().content_hash == a.plan().content_hash
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 9:
+            raise KeyError("stop here")
+
+
+def test_an_exception_leaves_the_files_and_no_subscriber(tmp_path: Path) -> None:
+    """What was decided until then is on disk; the next fit begins anew."""
+    rows = corpus(tmp_path)
+    whole, _, _ = steered(tmp_path / "whole", rows, [amplify(), suppress(which="bottom")])
+    scored = scoring(folder=str(tmp_path / "run"), refresh_every=5)
+    own = OnlineSteering(
+        INDUCTION,
+        policy=[amplify(), suppress(which="bottom")],
+        units=UNITS,
+        folder=str(tmp_path / "run"),
+    )
+    data = TokenDataModule(
+        rows, batch_size=BATCH, n_steps=STEPS, seed=2, folder=str(tmp_path / "run")
+    )
+    with pytest.raises(KeyError, match="stop here"):
+        fit(MovingModule(), [scored, own, Fails()], tmp_path, data=data, max_steps=STEPS)
+    assert not scored._training._subscribers and not own._unsubscribe
+    decisions = Decisions.open(tmp_path / "run")
+    assert decisions.frame["decided_at"].max() == 9
+    plan = Plan.load(tmp_path / "run" / "steering" / "plan.json")
+    assert plan.content_hash == decisions.plan().content_hash
+    again = fit(MovingModule(), [scored, own], tmp_path, data=data, max_steps=STEPS)
+    assert_bit_identical(training_state(again), training_state(whole))
+    a, b = Decisions.open(tmp_path / "whole"), Decisions.open(tmp_path / "run")
+    pd.testing.assert_frame_equal(a.frame, b.frame, check_exact=True)
 
 
 def test_a_policy_that_never_acts_leaves_training_bit_identical(tmp_path: Path) -> None:

@@ -233,6 +233,14 @@ class OnlineSteering(pl.Callback):
         self._seen_step = trainer.global_step
         self._steer(trainer, pl_module, in_batch=False)
 
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
+        """The step's scores are complete here, before any callback may save a checkpoint of it."""
+        for policy in self.policies:
+            if isinstance(policy, Amplify):
+                policy.recent.close(trainer, trainer.global_step)
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -245,9 +253,6 @@ class OnlineSteering(pl.Callback):
         if step == self._seen_step:
             return  # a micro-batch of an accumulated step
         self._seen_step = step
-        for policy in self.policies:
-            if isinstance(policy, Amplify):
-                policy.recent.close(trainer, step)
         self._steer(trainer, pl_module, in_batch=True)
 
     def on_save_checkpoint(
@@ -336,7 +341,7 @@ class OnlineSteering(pl.Callback):
     def _follow(self, trainer: pl.Trainer, policy: Amplify) -> None:
         scoring = scoring_of(trainer, self, self.mechanism.name, self._units)
         columns = [scoring.units.index(unit) for unit in self._units]
-        policy.follow(self._units)
+        policy.follow(self._units, trainer.global_step)
 
         def hear(one: ScoredSamples) -> None:
             if one.mechanism == self.mechanism.name:

@@ -78,10 +78,11 @@ class Amplify(Policy):
     def direction(self) -> int:
         return 1 if self.which == "top" else -1
 
-    def follow(self, units: Sequence[Head]) -> None:
-        """Rows that are heard from now on are of these units."""
+    def follow(self, units: Sequence[Head], step: int) -> None:
+        """Rows that are heard from now on are of these units, and of ``step`` or later."""
         self._units = list(units)
         self._warned = set()
+        self.recent.drop_from(step)
 
     def hear(self, rows: StepRows) -> None:
         """A micro-batch has been scored."""

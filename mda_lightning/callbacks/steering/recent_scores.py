@@ -46,13 +46,18 @@ class RecentScores:
         self._pending.append(rows)
 
     def close(self, trainer: pl.Trainer, step: int) -> None:
-        """After the step before ``step``: take up what all ranks heard, drop the oldest."""
-        heard = [one for one in self._pending if one.step == step - 1]
+        """All of ``step`` has been scored: take up what all ranks heard, drop the oldest."""
+        heard = [one for one in self._pending if one.step == step]
         self._pending = []
         if any_rank(trainer, bool(heard)):
-            self._rows.append(_gathered(trainer, heard, step - 1))
-        while self._rows and self._rows[0].step < step - self.n_steps:
+            self._rows.append(_gathered(trainer, heard, step))
+        while self._rows and self._rows[0].step <= step - self.n_steps:
             self._rows.popleft()
+
+    def drop_from(self, step: int) -> None:
+        """Forget steps from ``step`` on, which are to be trained again."""
+        while self._rows and self._rows[-1].step >= step:
+            self._rows.pop()
 
     @property
     def oldest(self) -> int | None:
