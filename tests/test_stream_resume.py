@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_datamodule import Recorder, every_step, expected, fit
 from test_schedule_operations import scheduled
@@ -184,9 +185,29 @@ def test_resume_from_the_checkpoint_of_a_termination(
     assert torch.equal(resumed.weight, whole.weight)
 
 
+class AfterTheStep(PassThroughProfiler):
+    """Send the signal when the optimizer has stepped and nothing has been counted yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def stop(self, action_name: str) -> None:
+        if action_name == "run_training_batch":
+            self.steps += 1
+            if self.steps == 6:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+
 @pytest.mark.parametrize(
     "hook",
-    ["on_train_batch_start", "on_before_zero_grad", "on_after_backward", "on_train_batch_end"],
+    [
+        "on_train_batch_start",
+        "on_before_zero_grad",
+        "on_after_backward",
+        "on_train_batch_end",
+        "after_the_step",
+    ],
 )
 def test_resume_from_the_checkpoint_that_a_scheduler_asks_for(
     rows: TokenRows, tmp_path: Path, hook: str, monkeypatch: pytest.MonkeyPatch
@@ -209,6 +230,7 @@ def test_resume_from_the_checkpoint_that_a_scheduler_asks_for(
             enable_progress_bar=False,
             enable_model_summary=False,
             plugins=[SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)],
+            profiler=AfterTheStep() if hook == "after_the_step" else None,
         )
 
     whole = Recorder()

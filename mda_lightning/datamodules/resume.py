@@ -33,9 +33,13 @@ class StreamPosition:
 
         ``processed`` is the one counter that is right both in ``on_train_batch_end``, where
         checkpoints are saved before ``completed`` is counted, and on an exception, when ``ready``
-        already counts the batch that failed.
+        already counts the batch that failed. Between the optimizer's step and that counter, where
+        Ctrl-C or a signal may come, ``global_step`` is ahead of it.
         """
-        return int(_batch_progress(trainer).current.processed) // self.accumulate
+        consumed = int(_batch_progress(trainer).current.processed) // self.accumulate
+        if trainer.lightning_module.automatic_optimization and len(trainer.optimizers) == 1:
+            return max(consumed, trainer.global_step)
+        return consumed
 
     def begin(self, accumulate: int) -> None:
         """Forget an earlier fit; a checkpoint, where there is one, is read after this."""
