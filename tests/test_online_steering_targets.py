@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from in_run_fits import INDUCTION, UNITS, MovingModule, scoring
+from lightning.pytorch.loggers import CSVLogger
 from steered_runs import BATCH, STEPS, amplify, corpus, earlier_scores, steered, suppress
 from training import Clock, CurveMechanism, Rows, StrangersModule, fit, jump
 
@@ -180,6 +181,27 @@ def test_a_target_chooses_the_policy_and_scales_its_share(tmp_path: Path) -> Non
             assert set(found["reference"]) == {0.3}
 
 
+def test_what_it_does_is_logged(tmp_path: Path) -> None:
+    """Every second step is an evaluation, whose row has the totals up to then."""
+    rows = corpus(tmp_path)
+    logger = CSVLogger(tmp_path, name="", version="csv")
+    target = HoldCurve([[0, 0.9], [STEPS, 0.9]])
+    policy = [suppress(which="bottom", share=0.25), amplify()]
+    trainer, _, _ = steered(tmp_path / "run", rows, policy, target=target, logger=logger)
+    logged = pd.read_csv(tmp_path / "csv" / "metrics.csv")
+    name = "induction/steering/"
+    own = logged[logged[name + "masked"].notna()].set_index("step")
+    assert own.index.tolist() == list(range(0, STEPS, 2))
+    assert own[name + "masked"].tolist() == [2.0 * (step + 1) for step in own.index]
+    frame = Decisions.open(tmp_path / "run").frame
+    inserts = frame[frame["action"] == "insert"]
+    assert own[name + "inserted"].tolist() == [
+        (inserts["decided_at"] <= step).sum() for step in own.index
+    ]
+    assert set(own[name + "push"]) == {1.0} and set(own[name + "reference"]) == {0.9}
+    assert float(trainer.callback_metrics[name + "push"]) == 1.0
+
+
 def test_levels_end_the_push(tmp_path: Path) -> None:
     frame = aimed(tmp_path / "a", rising, ReachLevel(0.4), suppress(which="bottom"))
     assert sorted(set(frame["decided_at"])) == list(range(8))  # 0.4 is measured at step 8
@@ -227,6 +249,8 @@ def test_a_target_state_goes_round_a_checkpoint(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     saver = ModelCheckpoint(tmp_path / "at", filename="last", every_n_train_steps=5)
     run(tmp_path / "cut", saver, max_steps=8)
+    states = torch.load(tmp_path / "at" / "last.ckpt", weights_only=True)["callbacks"]
+    assert any(key.startswith("OnlineSteering") for key in states)
     cut = run(tmp_path / "cut", ckpt_path=tmp_path / "at" / "last.ckpt")
     pd.testing.assert_frame_equal(whole, cut, check_exact=True)
     assert whole["push"].nunique() > 3
