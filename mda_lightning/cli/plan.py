@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from mda_lightning.cli.options import EXIT_ERROR, EXIT_OK, positive
@@ -173,13 +172,14 @@ def _compose(options: argparse.Namespace) -> int:
     with told():
         output = output_of(options, "")
         parts = [Plan.load(path) for path in options.plans]
-        # Plans made for the same stream may have been drawn differently; the first one's draw is
-        # that of the whole.
         seed = next((part.seed for part in parts if part.seed is not None), None)
         whole = reduce(or_, (part.bound(seed=seed) for part in parts))
         source = {"composed_of": [part.content_hash for part in parts]}
         whole = whole.bound(source=source, name=options.name or output.stem)
-        about = [f"composed of {', '.join(map(str, options.plans))}"]
+        about = [
+            f"composed of {', '.join(map(str, options.plans))}; places are drawn anew for the "
+            f"whole, with seed {seed or 0}"
+        ]
         written = plan_make.write(whole, output, stream=stream_of(options), about=about)
         print_written(written, as_json=options.json)
     return EXIT_OK
@@ -279,6 +279,5 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"ok": report.ok, "lines": report.lines()}, indent=2))
     else:
-        for line in report.lines():
-            print(line, file=sys.stdout if report.ok else sys.stderr)
+        print("\n".join(report.lines()))
     return EXIT_OK if report.ok else EXIT_ERROR

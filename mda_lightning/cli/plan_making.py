@@ -185,7 +185,8 @@ def _duplicate(options: argparse.Namespace) -> int:
         plan = Plan.duplicate(
             choice.ids, options.times, steps=steps, mode=options.mode, placement=options.placement
         )
-        return _write(options, plan, choice, stream, output)
+        more = f"each is seen {options.times} times where the base order has it once"
+        return _write(options, plan, choice, stream, output, more)
 
 
 def _replace(options: argparse.Namespace) -> int:
@@ -243,6 +244,7 @@ def _write(
     choice: Choice | None,
     stream: BaseStream,
     output: Path,
+    more: str = "",
 ) -> int:
     from mda_lightning.recipes import plan_make
 
@@ -261,6 +263,7 @@ def _write(
     about = [] if choice is None else [f"samples: {choice.words}"]
     if choice is not None and choice.left_out:
         about.append(f"left out: {', '.join(choice.left_out)}")
+    about += [more] if more else []
     written = plan_make.write(plan, output, stream=stream, about=about)
     paths = plan_make.control_paths(output, n_controls)
     of_controls = [

@@ -19,9 +19,9 @@ COLUMN = "sample_id"
 def read_ids(path: str | os.PathLike[str]) -> NDArray[np.int64]:
     """The sample ids in a file, in its order, each once; int64 [n].
 
-    ``.txt`` holds integers between spaces or line breaks, ``.npy`` an array, ``.csv`` (``.tsv``,
-    ``.parquet``) a column ``sample_id`` or one column alone, ``.json`` a list, an object with
-    ``sample_ids``, or a plan, whose ids are those that its operations name.
+    ``.txt`` holds integers between spaces, commas or line breaks, ``.npy`` an array, ``.csv``
+    (``.tsv``, ``.parquet``) a column ``sample_id`` or one column alone, ``.json`` a list, an object
+    with ``sample_ids``, or a plan, whose ids are those that its operations name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -44,7 +44,9 @@ def read_ids(path: str | os.PathLike[str]) -> NDArray[np.int64]:
 def _read(place: Path) -> Any:
     kind = place.suffix.lower()
     if kind == ".txt":
-        return np.array([int(word) for word in place.read_text("utf-8").split()], np.int64)
+        return np.array(
+            [int(word) for word in place.read_text("utf-8").replace(",", " ").split()], np.int64
+        )
     if kind == ".npy":
         return np.load(place, allow_pickle=False)
     if kind == ".json":

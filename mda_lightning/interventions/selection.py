@@ -254,7 +254,7 @@ def _in_window(
             raise ValueError(
                 f"{int((~known).sum())} of the {len(ids)} rows of {table.folder} have no step, so "
                 f"which of them were trained on in steps {start}:{end} depends on the base order; "
-                "give order=BaseOrder(...)"
+                "give order=BaseOrder(...) (--run, or --corpus with --batch-size and --n-steps)"
             )
         kept |= ~known & np.isin(ids, samples_of(order, window))
     if not kept.any():
@@ -287,7 +287,7 @@ def _domains_of(
     else:
         raise ValueError(
             f"{table.folder} has no column of domains; give those of the samples, such as "
-            "domain_of=rows.domains"
+            "domain_of=rows.domains (--corpus FOLDER, of a corpus that has them)"
         )
     return names
 

@@ -117,16 +117,17 @@ def write(plan: Plan, path: Path, *, stream: BaseStream, about: Sequence[str] = 
             places, or was made for another corpus or order.
     """
     stream = of_plan(plan, stream)
-    schedule = None
+    schedule, more = None, list[str]()
     if stream.order is not None:
         schedule = Schedule(stream.order, plan)  # refuses what does not fit
         if _places(plan, schedule) > _MOST_PLACES:
             schedule = None
+            more = ["what it meets in so long a run is counted by `mda-lightning plan show`"]
     elif stream.rows is not None:
         _check_rows(plan, len(stream.rows))
     numbers, _ = numbers_of(plan, schedule)
     saved = plan.save(path)
-    return Written(saved, plan, numbers, [*about, *words_of(numbers)], warnings_of(numbers))
+    return Written(saved, plan, numbers, [*about, *words_of(numbers), *more], warnings_of(numbers))
 
 
 def with_controls(

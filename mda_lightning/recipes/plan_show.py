@@ -93,10 +93,14 @@ def show(
 def strip_lines(strip: Strip) -> list[Text]:
     """The strip as text: a line a kind, a character a span, and an axis of steps.
 
-    Shades are shares of the line's fullest span, which is named at its end.
+    Shades are shares of the line's fullest span, which is named at its end; of what is as in the
+    base order, they are shares of all places.
     """
     n = len(strip.places)
-    lines = []
+    left = 1.0 - sum(strip.counts.values()) / strip.places
+    line = Text(f"{'as it was':<{_LABEL}}")
+    line.append("".join(_shade(share) for share in left)).append("  █ all of a span", "dim")
+    lines = [line]
     for kind in KINDS:
         share = strip.counts[kind] / strip.places
         most = float(share.max())
