@@ -344,6 +344,24 @@ def test_a_batch_that_is_wholly_masked_has_no_gradient_and_no_nan(tmp_path: Path
     assert masked == [0.0 if 2 <= step < 5 else BATCH for step in range(STEPS)]
 
 
+def test_amplify_under_a_plan_whose_insertions_shift_the_base_order(tmp_path: Path) -> None:
+    """Places in the table are the run's own, which base steps are not."""
+    rows = corpus(tmp_path)
+    plan = Plan.insert(np.arange(280, 300), steps=(1, 4)) | Plan.mask(np.arange(0, 300, 7), (0, 6))
+    run, _, data = steered(tmp_path / "run", rows, amplify(over_steps=3), plan=plan)
+    decisions = Decisions.open(tmp_path / "run")
+    assert len(decisions) >= 2
+    for row in decisions.frame.itertuples():
+        batch = data.schedule.batch(int(row.run_step))
+        assert batch.sample_ids[int(row.slot)] == row.sample_id
+        assert batch.provenance[int(row.slot)] == INSERTED
+        base = data.schedule.base_positions(int(row.run_step), int(row.run_step) + 1)
+        assert row.first_step <= base[int(row.slot)] // BATCH < row.last_step
+        assert row.run_step >= row.decided_at
+    again, _ = replayed(tmp_path / "again", rows, decisions.plan(plan))
+    assert_bit_identical(training_state(again), training_state(run))
+
+
 def test_steering_goes_on_under_a_plan_and_leaves_its_masks_alone(tmp_path: Path) -> None:
     rows = corpus(tmp_path)
     plain = steered(tmp_path / "plain", rows, suppress(active=(0, 1)), in_run=False)[2]
