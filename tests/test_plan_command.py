@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,12 @@ def test_pruning_duplicating_and_replacing(order: BaseOrder, tied: list[str], he
 
 @pytest.mark.parametrize("kind", ["texts", "tokens", "generator"])
 def test_new_samples(
-    corpus: TokenRows, order: BaseOrder, tied: list[str], here: Path, kind: str
+    corpus: TokenRows,
+    order: BaseOrder,
+    tied: list[str],
+    here: Path,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """They lie beside the plan, are found from anywhere, and a run trains on them."""
     (here / "new.txt").write_text("word1 greets name2 and stays. " * 20)
@@ -241,6 +247,8 @@ def test_new_samples(
     assert (rows.row_length, rows.vocab_size) == (corpus.row_length, corpus.vocab_size)
     # The folder of plan and samples may move.
     os.rename("plans", "moved")
+    assert plan("show", "moved/new.json", *tied) == EXIT_OK
+    assert f"{len(rows)} rows, {here / 'moved' / 'new.samples'}" in capsys.readouterr().out
     data = TokenDataModule(
         corpus, batch_size=BATCH, n_steps=STEPS, plan="moved/new.json", ledger=False
     )
@@ -252,6 +260,12 @@ def test_new_samples(
         map(tuple, expected.get(np.arange(len(expected))))
     )
     assert inserted.sum() == len(new.treated_ids) == len(expected)
+    TokenRows.write("moved/new.samples", corpus.get([7, 8]), provenance={})
+    assert plan("show", "moved/new.json", *tied) == EXIT_OK
+    assert "holds other rows" in capsys.readouterr().out
+    shutil.rmtree("moved/new.samples")
+    assert plan("show", "moved/new.json", *tied) == EXIT_OK
+    assert "not at " in capsys.readouterr().out
 
 
 def test_a_whole_window_of_new_samples(order: BaseOrder, tied: list[str]) -> None:

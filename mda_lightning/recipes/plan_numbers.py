@@ -184,7 +184,9 @@ def _words(op: Operation, count: OperationCount | None, batch: int | None) -> st
             share = ""
         return f"insert: {_n(len(op.sample_ids), 'sample')}{times}, {how}, {then}{share}{online}"
     if isinstance(op, Prune):
-        return f"prune: a random {op.fraction:.4g} of {where} with weight {op.weight:g}{share}"
+        return (
+            f"prune: a random {100 * op.fraction:.4g}% of {where} with weight {op.weight:g}{share}"
+        )
     if op.sample_ids is not None:
         return f"replace: {_n(len(op.sample_ids), 'sample')} in {where} by as many others{share}"
     if op.by is not None:

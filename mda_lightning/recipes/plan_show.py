@@ -198,6 +198,20 @@ def _rate_lines(told: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str
     return lines
 
 
+def _state(source: Source) -> str:
+    """Where a source lies, and whether it is what the plan was made with."""
+    if source.path is None:
+        return "no folder known"
+    if not (Path(source.path) / "meta.json").is_file():
+        return (
+            f"not at {source.path}; TokenDataModule(sources={{{source.name!r}: ...}}) tells where"
+        )
+    own = TokenRows.open(source.path).content_hash
+    if own != source.content_hash:
+        return f"{source.path} holds other rows: {own[:12]} instead of {source.content_hash[:12]}"
+    return source.path
+
+
 def _with_sources(rows: TokenRows | None, sources: tuple[Source, ...]) -> TokenRows | None:
     """The corpus with the plan's sources that lie where the plan says."""
     if rows is None:
@@ -260,9 +274,7 @@ def _print(
     for words in _rate_lines(numbers["rates"], numbers) if "rates" in numbers else ():
         line(f"  {words}")
     for source in plan.sources:
-        line(
-            f"  source {source.name!r}: {source.n_rows:,} rows, {source.path or 'no folder known'}"
-        )
+        line(f"  source {source.name!r}: {source.n_rows:,} rows, {_state(source)}")
     for words in numbers["warnings"]:
         line(f"  ! {words}", "bold red")
     for part in (strip, zoomed):

@@ -37,7 +37,10 @@ def plan_strip(strip: Strip, *, whole: Strip | None = None, theme: Theme = LIGHT
         ax.grid(False, axis="x")
         total, n_places = int(strip.counts[kind].sum()), int(strip.places.sum())
         ax.set_title(
-            f"{total:,} of {n_places:,} places", loc="right", fontsize=SMALL, color=theme.muted
+            f"share of the places: {total:,} of {n_places:,}",
+            loc="right",
+            fontsize=SMALL,
+            color=theme.muted,
         )
     axes[-1].set_xlim(edges[0], edges[-1])
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
