@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mda_lightning.corpora import TokenRows, rows_from_texts
 from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.interventions import Mask, Plan, Replace
 from mda_lightning.interventions.selection import samples_of
+from mda_lightning.recipes import plan_verify
 from mda_lightning.schedule import BaseOrder, Schedule
 from mda_lightning.store import ScoreTable
 
@@ -266,6 +268,44 @@ def test_new_samples(
     shutil.rmtree("moved/new.samples")
     assert plan("show", "moved/new.json", *tied) == EXIT_OK
     assert "not at " in capsys.readouterr().out
+
+
+def test_ones_own_generator_is_found_in_the_working_folder(
+    corpus: TokenRows, tied: list[str], here: Path
+) -> None:
+    code = (
+        "def make(rng, n):\n    return [f'word{rng.integers(9)} greets ' * 9 for _ in range(n)]\n"
+    )
+    (here / "my_own_maker.py").write_text(code)
+    arguments = ["--generator", "my_own_maker:make", "--rows", 3, "--steps", "10:20"]
+    new = made("insert", *tied, *arguments, "--draw", 4)
+    assert new.sources[0].name == "make" and len(new.treated_ids) == 3
+    text = corpus.decode(TokenRows.open("plan.samples").get([0])[0])
+    assert f"word{np.random.default_rng(4).integers(9)} greets" in text
+    assert str(here) not in sys.path
+
+
+def test_excluded_samples_are_in_no_control(order: BaseOrder, tied: list[str], here: Path) -> None:
+    ids = order.ids(12)
+    np.save(here / "ids.npy", ids)
+    np.save(here / "away.npy", np.concatenate([order.ids(step) for step in range(13, 18)]))
+    some = ["--ids", "ids.npy", "--exclude", "away.npy", "--with-control", 3]
+    for where in (["--window", "10:20"], ["--steps", "10:20"]):
+        made("mask", *tied, *some, *where)
+        left = met_in(order, WINDOW) - met_in(order, (12, 18))
+        for number in (1, 2, 3):
+            assert set(Plan.load(f"plan-random-{number}.json").treated_ids) <= left
+
+
+def test_a_run_that_differs_from_its_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = plan_verify.VerifyReport(["a holds"], ["b does not"], ["c was not looked at"])
+    monkeypatch.setattr(plan_verify, "verify_run", lambda *_, **__: report)
+    assert plan("verify", "run") == EXIT_ERROR
+    assert capsys.readouterr().out.splitlines()[-1] == "DIFFERS: b does not"
+    assert plan("verify", "run", "--json") == EXIT_ERROR
+    assert json.loads(capsys.readouterr().out) == {"ok": False, "lines": report.lines()}
 
 
 def test_a_whole_window_of_new_samples(order: BaseOrder, tied: list[str]) -> None:

@@ -246,6 +246,7 @@ def _write(
     output: Path,
     more: str = "",
 ) -> int:
+    from mda_lightning.interventions.selection import excluded_ids
     from mda_lightning.recipes import plan_make
 
     name = options.name or output.stem
@@ -259,6 +260,7 @@ def _write(
             pool=None if choice is None else choice.pool,
             stream=stream,
             draw=options.draw,
+            exclude=excluded_ids(options.exclude),
         )
     about = [] if choice is None else [f"samples: {choice.words}"]
     if choice is not None and choice.left_out:

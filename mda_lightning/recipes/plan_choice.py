@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -167,13 +170,13 @@ def by_scores(
 
 def from_file(path: Path, *, stream: BaseStream, filters: Filters) -> Choice:
     """The samples that a file names, less those excluded."""
-    named = read_ids(path)
-    ids = named[~np.isin(named, excluded_ids(filters.exclude))]
+    named, excluded = read_ids(path), excluded_ids(filters.exclude)
+    ids = named[~np.isin(named, excluded)]
     if not len(ids):
         raise ValueError(f"all {len(named)} samples of {path} are excluded; exclude fewer")
     pool = None
     if stream.order is not None and filters.window is not None:
-        pool = samples_of(stream.order, filters.window)
+        pool = np.setdiff1d(samples_of(stream.order, filters.window), excluded)
     source = {"ids": str(path), "excluded": len(named) - len(ids), "chosen": len(ids)}
     words = f"the {len(ids):,} samples of {path}{_conditions(Filters(exclude=filters.exclude))}"
     return Choice(ids, words, source, pool=pool, name=path.stem)
@@ -242,7 +245,8 @@ def from_elsewhere(
     else:
         if n_rows is None:
             raise ValueError("--generator makes as many rows as it is told; add --rows N")
-        rows = inserted_from_generator(folder, what, base=base, n_rows=n_rows, seed=draw)
+        with _importing_from_here():
+            rows = inserted_from_generator(folder, what, base=base, n_rows=n_rows, seed=draw)
     own = Source.of(rows, name=name_of(kind, what))
     ids = own.ids()
     if n_rows is not None and n_rows < len(ids):
@@ -289,6 +293,17 @@ def _conditions(filters: Filters) -> str:
     if filters.exclude:
         told.append(f"without those of {', '.join(map(str, filters.exclude))}")
     return "".join(f" {one}" for one in told)
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Modules of the working folder can be imported, as with ``python -m``."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _refuse_another_folder(folder: Path) -> None:
