@@ -21,7 +21,7 @@ from mda_lightning.interventions import Mask, Plan, Replace
 from mda_lightning.interventions.selection import samples_of
 from mda_lightning.recipes import plan_verify
 from mda_lightning.schedule import BaseOrder, Schedule
-from mda_lightning.store import ScoreTable
+from mda_lightning.store import ScoreRows, ScoreTable, ScoreWriter
 
 BATCH, STEPS = 4, 40
 WINDOW = (10, 20)
@@ -175,6 +175,22 @@ def test_conditions_on_the_samples(corpus: TokenRows, scores: ScoreTable, tied: 
     assert isinstance(op, Mask) and op.steps is None
     rest = made("mask", *by_scores, "--bottom", 5, "--exclude-domain", "b", "--exclude", "a.json")
     assert set(rest.treated_ids) == set(means.nsmallest(10).index) - set(of_a.treated_ids)
+
+
+def test_an_unfinished_table_and_scores_that_are_not_finite_are_told(
+    tied: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = ScoreWriter("scores", units=["L0H0"], blocks=["QK"], estimator="in_run")
+    values = np.arange(20.0)[:, None, None]
+    values[3] = np.nan
+    none = np.full(20, -1)
+    writer.add(ScoreRows(np.arange(20), np.zeros(20, int), values, np.zeros(20), none))
+    writer.flush()
+    assert plan("mask", *tied, "--scores", "scores", "--unit", "L0H0", "--top", "2") == EXIT_OK
+    told = capsys.readouterr()
+    assert told.err.startswith("mda-lightning: scores is not complete")
+    assert "left out: 1 without a finite score" in told.out
+    assert Plan.load("plans/mask-top-L0H0.json").treated_ids.tolist() == [18, 19]
 
 
 # -- other samples --------------------------------------------------------------------------------

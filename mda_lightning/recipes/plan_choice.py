@@ -149,9 +149,9 @@ def by_scores(
     )
     left_out = []
     if found.n_not_finite:
-        left_out.append(f"{found.n_not_finite:,} samples without a finite score")
+        left_out.append(f"{found.n_not_finite:,} without a finite score")
     if found.n_foreign:
-        left_out.append(f"{found.n_foreign:,} scored samples that are no rows of the base corpus")
+        left_out.append(f"{found.n_foreign:,} that are no rows of the base corpus")
     name = f"{which}-{'+'.join(units) if len(units) <= 3 else f'{len(units)}-units'}"
     if rows_of is not None:
         words += f", rows of {rows_of.folder}"

@@ -22,7 +22,7 @@ from mda_lightning.recipes.plan_stream import BaseStream, of_plan
 from mda_lightning.sample_ids import split_ids
 from mda_lightning.schedule import Schedule
 
-_MOST_PLACES = 2**24
+_MOST_PLACES = 2**22
 """Beyond which a plan's places are counted by ``plan show`` only."""
 
 

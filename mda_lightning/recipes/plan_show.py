@@ -86,7 +86,7 @@ def show(
         _draw(figure, strip, zoomed)
         numbers["figure"] = str(figure)
         if console is not None:
-            console.print(f"{figure}: the strip as a figure", highlight=False, soft_wrap=True)
+            console.print(Text(f"{figure}: the strip as a figure"), soft_wrap=True)
     return numbers
 
 
