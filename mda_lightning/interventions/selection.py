@@ -134,15 +134,15 @@ def select(
             "exclude fewer or widen the window"
         )
     ids = means.ids[candidates]
-    rankings, finite = [], np.zeros(len(ids), bool)
+    rankings, finite, places = [], np.zeros(len(ids), bool), np.arange(len(ids))
     for unit in names:
-        scores = means.of(table.scores(unit, block)[1])[candidates]
+        scores = means.of(table.row_scores(unit, block))[candidates]
         own_finite = np.isfinite(scores)
         finite |= own_finite
         _enough(unit, table, window, count, int(own_finite.sum()))
         keys = -scores if which == "top" else scores
-        rankings.append(extreme(ids, keys, fraction=fraction, count=count, of=unit))
-    chosen = by_best_place(rankings)
+        rankings.append(extreme(places, keys, fraction=fraction, count=count, of=unit))
+    chosen = ids[by_best_place(rankings, len(ids))]
     source = {
         "scores": str(table.folder),
         "mechanism": table.provenance.get("mechanism", table.folder.name),

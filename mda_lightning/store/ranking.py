@@ -79,12 +79,19 @@ def extreme(
     return ids[chosen[np.argsort(keys[chosen], kind="stable")[:count]]]
 
 
-def by_best_place(rankings: Sequence[Ints]) -> Ints:
-    """The union of rankings, each id once, by its best place, then by the order of rankings."""
+def by_best_place(rankings: Sequence[Ints], size: int) -> Ints:
+    """The union of rankings, each item once, by its best place, then by the order of rankings.
+
+    Args:
+        rankings: of items 0 .. size - 1, best first, none twice in one of them.
+        size: how many there are.
+    """
     if not rankings:
         raise ValueError("no unit was given; name at least one")
-    together = np.concatenate(rankings)
-    places = np.concatenate([np.arange(len(one)) for one in rankings])
-    together = together[np.argsort(places, kind="stable")]
-    first = np.unique(together, return_index=True)[1]
-    return together[np.sort(first)]
+    nowhere = np.iinfo(np.int64).max
+    best = np.full(size, nowhere)
+    for number, ranking in enumerate(rankings):
+        places = np.arange(len(ranking)) * len(rankings) + number
+        best[ranking] = np.minimum(best[ranking], places)
+    found = np.flatnonzero(best != nowhere)
+    return found[np.argsort(best[found])]

@@ -31,7 +31,7 @@ from mda_lightning.store.layout import (
     stored_in,
     write_part,
 )
-from mda_lightning.store.ranking import by_best_place, extreme, mean_by_sample
+from mda_lightning.store.ranking import Means, by_best_place, extreme, mean_by_sample
 from mda_lightning.store.reading import long_frame, read_columns, read_sample, sum_of
 from mda_lightning.store.rows import ScoreRows, checked
 
@@ -209,6 +209,11 @@ class ScoreTable:
         table = self._read(["sample_id", *columns])
         return table["sample_id"].to_numpy(), sum_of(table, columns)
 
+    def row_scores(self, unit: str, block: str | None = None) -> NDArray[np.float32]:
+        """As :meth:`scores`, the scores [N] alone."""
+        columns = self._columns(unit, block)
+        return sum_of(self._read(columns), columns)
+
     def columns(self, *names: str) -> dict[str, NDArray[Any]]:
         """What the table says of its rows besides scores, [N] each, row by row as :meth:`scores`.
 
@@ -371,8 +376,10 @@ class ScoreTable:
         if (fraction is None) == (count is None):
             raise ValueError(f"give fraction or count, not both: {fraction=}, {count=}")
         rankings = []
+        means = Means(self.columns("sample_id")["sample_id"])
+        ids = means.ids
         for one in [unit] if isinstance(unit, str) else unit:
-            ids, scores = self.mean_scores(one, block)
+            scores = means.of(self.row_scores(one, block))
             n_left_out = int((~np.isfinite(scores)).sum())
             if n_left_out:
                 warnings.warn(
@@ -381,5 +388,6 @@ class ScoreTable:
                     stacklevel=3,
                 )
             what = f"{one} in {self.folder}"
-            rankings.append(extreme(ids, sign * scores, fraction=fraction, count=count, of=what))
-        return by_best_place(rankings)
+            places = np.arange(len(ids))
+            rankings.append(extreme(places, sign * scores, fraction=fraction, count=count, of=what))
+        return ids[by_best_place(rankings, len(ids))]
