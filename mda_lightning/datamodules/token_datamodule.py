@@ -295,6 +295,12 @@ def _with_sources(rows: TokenRows, plan: Plan, folders: Mapping[str, str]) -> To
             f"{', '.join(repr(s.name) for s in plan.sources) or 'the corpus alone'}"
         )
     others = {}
+    names = [source.name for source in plan.sources]
+    if twice := sorted(name for name in folders if names.count(name) > 1):
+        raise ValueError(
+            f"plan {plan.name!r} inserts from two corpora named {twice[0]!r}; put them back where "
+            f"the plan says ({', '.join(str(s.path) for s in plan.sources if s.name == twice[0])})"
+        )
     for source in plan.sources:
         folder = folders.get(source.name, source.path)
         if folder is None or not (Path(folder) / "meta.json").is_file():
