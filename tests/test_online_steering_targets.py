@@ -104,12 +104,12 @@ def test_a_reference_curve_is_read_from_an_earlier_runs_table(tmp_path: Path) ->
     ]:
         target = HoldCurve(given)
         target.prepare("induction", units, over)
-        target.check_covers(0, 40)
+        target.check_covers(0, 49)  # the next evaluation would have been at 50
         assert target.push(25, 0.0).reference == pytest.approx(25 * slope, rel=1e-5)
     own = HoldCurve(path, unit="L0H0")
     own.prepare("induction", [Head(1, 1)], "mean")
     assert own.push(10, 0.0).reference == pytest.approx(1.0)
-    with pytest.raises(ValueError, match=r"covers steps 0\.\.40, .* 0\.\.99: steps 41\.\.99 have"):
+    with pytest.raises(ValueError, match=r"covers steps 0\.\.49, .* 0\.\.99: steps 50\.\.99 have"):
         own.check_covers(0, 99)
     with pytest.raises(ValueError, match=r"no 'induction' of L3H0"):
         HoldCurve(path, unit="L3H0").prepare("induction", [], "mean")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +27,13 @@ class ReferenceCurve:
         steps: ascending int64 [n], n >= 1.
         values: float64 [n], finite.
         name: for error messages.
+        spacing: steps that the last value stands for: a run ends between two evaluations.
     """
 
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
     name: str
+    spacing: int = 1
 
     @classmethod
     def of_points(cls, points: Sequence[Sequence[float]]) -> ReferenceCurve:
@@ -89,7 +91,9 @@ class ReferenceCurve:
         together = np.stack([v[np.isin(s, common)] for s, v in curves])
         joined = together.mean(0) if over == "mean" else together.max(0)
         there = np.isfinite(joined)
-        return cls._checked(common[there], joined[there], str(file))
+        curve = cls._checked(common[there], joined[there], str(file))
+        spacing = int(np.diff(curve.steps)[-1]) if len(curve.steps) > 1 else 1
+        return replace(curve, spacing=spacing)
 
     @classmethod
     def _checked(cls, steps: NDArray, values: NDArray, name: str) -> ReferenceCurve:  # type: ignore[type-arg]
@@ -106,7 +110,7 @@ class ReferenceCurve:
         Raises:
             ValueError: a step of ``[first, last]`` lies before its first or after its last one.
         """
-        begin, end = int(self.steps[0]), int(self.steps[-1])
+        begin, end = int(self.steps[0]), int(self.steps[-1]) + self.spacing - 1
         if first < begin or last > end:
             missing = f"{first}..{begin - 1}" * (first < begin)
             missing += " and " * (first < begin and last > end) + f"{end + 1}..{last}" * (
@@ -119,7 +123,7 @@ class ReferenceCurve:
             )
 
     def at(self, step: int) -> float:
-        """The value at a step within the curve."""
+        """The value at a step that is covered."""
         return float(np.interp(step, self.steps, self.values))
 
 
