@@ -360,6 +360,8 @@ def test_what_cannot_be_steered_is_refused_at_setup(tmp_path: Path) -> None:
         run([steering(units="target")])
     with pytest.raises(ValueError, match="layer 7 is out of range"):
         run([steering(units=["L7H0"])])
+    with pytest.raises(ValueError, match=r"Amplify has placement='shift'.*max_steps=14"):
+        steered(tmp_path, rows, amplify(placement="shift"), max_steps=-1, max_epochs=1)
     with pytest.raises(ValueError, match="two OnlineSteering change one stream"):
         run([OnlineSteering("previous_token", policy=Suppress()), steering()])
 

@@ -160,7 +160,7 @@ class OnlineSteering(pl.Callback):
         if stage != "fit":
             return
         check_strategy(trainer, "OnlineSteering")
-        check_trainer(trainer, pl_module, self)
+        check_trainer(trainer, pl_module, self, self.policies)
         model = find_language_model(pl_module, self._model_name)
         layout = describe(model)
         names = self._unit_names

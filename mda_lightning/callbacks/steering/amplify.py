@@ -41,8 +41,8 @@ class Amplify(Policy):
         over_steps: steps over which an insertion is spread, of the base order.
         copies: how often a sample is inserted.
         mode: "dispersed", uniformly over these steps, or "concentrated", all at once.
-        placement: "replace" takes the places of base samples; "shift" moves these back, for which
-            the run must have steps to spare.
+        placement: "replace" takes the places of base samples; "shift" moves these back, and those
+            at the end out of the run, which stays as long as it was.
         name, active: as for :class:`Policy`.
     """
 

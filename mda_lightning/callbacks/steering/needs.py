@@ -87,11 +87,17 @@ def named_units(units: Units) -> tuple[str, ...] | None:
     return names
 
 
-def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, me: pl.Callback) -> None:
+def check_trainer(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    me: pl.Callback,
+    policies: Sequence[Policy],
+) -> None:
     """Refuse what cannot be steered.
 
     Raises:
-        ValueError: no TokenDataModule, or another callback of the kind.
+        ValueError: no TokenDataModule, another callback of the kind, or insertions with "shift"
+            into a run whose number of steps is not given.
         UnsupportedTrainerError: manual optimization.
     """
     data: Any = getattr(trainer, "datamodule", None)
@@ -104,6 +110,13 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, me: pl.Callba
         raise UnsupportedTrainerError(
             "OnlineSteering must know which step comes next, which manual optimization does not "
             "tell; use automatic optimization"
+        )
+    shifting = [one.name for one in policies if getattr(one, "placement", "") == "shift"]
+    if shifting and trainer.max_steps < 0:
+        raise ValueError(
+            f"{', '.join(shifting)} has placement='shift', by which the stream grows while the run "
+            "goes on: a resumed run would be longer than one that was not interrupted. Give "
+            f"Trainer(max_steps={len(data.schedule)}), or use placement='replace'"
         )
     before, _ = callbacks_before(trainer, me, type(me))
     if before:
