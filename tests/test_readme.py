@@ -150,3 +150,58 @@ def test_the_python_of_the_score_page_runs(tmp_path: Path, monkeypatch) -> None:
     assert len(names["tables"]["induction"]) == 40
     total = names["one"].sum()
     assert total == pytest.approx(names["table"].sample(3, "L2H2")["score"].item(), rel=1e-3)
+
+
+PLANS_PAGE = (Path(__file__).parents[1] / "docs" / "plans.md").read_text("utf-8")
+
+
+def test_the_commands_of_the_plans_page_are_understood_and_all_options_explained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = re.findall(r"^mda-lightning (plan .*)$", PLANS_PAGE, re.M)
+    for line in lines:
+        assert _parser().parse_args(shlex.split(line)).command == "plan"
+    commands = {shlex.split(line)[1] for line in lines}
+    assert commands >= {"mask", "insert", "duplicate", "replace", "prune", "compose", "show"}
+    for command in [*commands, "control"]:
+        with pytest.raises(SystemExit):
+            _parser().parse_args(["plan", command, "--help"])
+    named = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert len(named) > 40
+    page = set(re.findall(r"--[a-z][a-z-]+", PLANS_PAGE))
+    assert named - page == set()
+
+
+def test_the_steered_run_of_its_page_trains_again_as_a_plan(tmp_path: Path, monkeypatch) -> None:
+    """The page's script in 12 steps, its audit table, and the replay that it shows."""
+    page = (Path(__file__).parents[1] / "docs" / "steering.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    script = blocks[0]
+    for shown, short in (
+        ("_steps=100", "_steps=12"),
+        ("warmup_steps=50", "warmup_steps=2"),
+        ("until_step=80", "until_step=8"),
+        ("n_curvature=32", "n_curvature=8"),
+    ):
+        assert shown in script
+        script = script.replace(shown, short)
+    rows = np.random.default_rng(0).integers(1, 512, (400, 17))
+    TokenRows.write(
+        tmp_path / "corpora" / "mine", rows, vocab_size=512, special_ids=(0,), provenance={}
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(script, names)
+    steered = names["module"].state_dict()
+    audit, replay = (next(b for b in blocks if word in b) for word in ("Decisions", "plan.json"))
+    exec(audit, names)
+    assert len(names["decisions"]) == 8
+    frame = names["decisions"].frame
+    assert len(frame) == 8 * 4 and set(frame["weight"]) == {0.0}
+    module = re.search(r"module = .*?^\)$", script, re.S | re.M)
+    assert module is not None
+    exec(module.group(), names)
+    exec(replay.replace("_steps=100", "_steps=12"), names)
+    names["trainer"].fit(names["module"], datamodule=names["data"])
+    again = names["module"].state_dict()
+    assert all(torch.equal(steered[name], again[name]) for name in steered)
