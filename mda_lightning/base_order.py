@@ -62,6 +62,10 @@ class BaseOrder:
         start = step * self.batch_size
         return self.at(np.arange(start, start + self.batch_size, dtype=np.int64))
 
+    def places(self, steps: tuple[int, int]) -> tuple[int, int]:
+        """The first position of a window of steps, and the first one after it."""
+        return steps[0] * self.batch_size, steps[1] * self.batch_size
+
     def describe(self) -> dict[str, Any]:
         """The order as JSON values: ``BaseOrder(**order.describe())`` is the same order."""
         return dataclasses.asdict(self)

@@ -18,6 +18,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _ROUNDS = 8
+_FEW = 4096
 _SALTS = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _MIX_1
 
 
@@ -61,6 +62,16 @@ def permute(
         image[outside] = _feistel(image[outside], rows, columns, key_array[outside])
         outside = outside[image[outside] >= size]
     return image
+
+
+def shuffled(offsets: NDArray[np.int64], size: int, *, key: np.uint64) -> NDArray[np.int64]:
+    """As :func:`permute`, of one key, and uniform over all permutations of few elements too.
+
+    A Feistel network of a dozen elements reaches only some of their permutations.
+    """
+    if size <= _FEW:
+        return keyed_order(key, size)[offsets]
+    return permute(offsets, size, keys=key)
 
 
 def _feistel(

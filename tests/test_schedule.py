@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stream_reference import spared_by
 
-from mda_lightning.interventions import Insert, Mask, Plan
+from mda_lightning.interventions import Insert, Mask, Plan, Prune, Replace, Source
 from mda_lightning.schedule import BASE, INSERTED, BaseOrder, Schedule, ScheduledBatch, StreamDigest
 
 orders = st.builds(
@@ -141,10 +143,11 @@ def test_masks_hit_base_occurrences_in_their_steps_and_nothing_else(schedule: Sc
             if isinstance(op, Mask)
         )
         if stream.provenance[place] == INSERTED:
-            # No masked or treated sample gives way, and only in an insertion's window.
-            assert sample not in schedule.plan.treated_ids
-            windows = [op.steps for op in inserts(schedule, "replace")]
-            assert any(start <= step < end for start, end in windows)
+            # No sample gives way that the plan names in an insertion's window, and only there.
+            assert any(
+                op.steps[0] <= step < op.steps[1] and sample not in spared_by(schedule, op)
+                for op in inserts(schedule, "replace")
+            )
         else:
             assert stream.sample_ids[place] == sample
             assert stream.weights[place] == (0 if masked else 1)
@@ -219,11 +222,42 @@ PLAN = Plan.mask([1, 2], steps=(0, 3)) | Plan.insert([1, 2], steps=(1, 3), copie
         PLAN.bound(seed=1),
         PLAN.bound(corpus_hash="a"),
         PLAN.bound(order=BaseOrder(50, 5, 10)),
+        dataclasses.replace(PLAN, spared=np.array([9])),
+        dataclasses.replace(PLAN, sources=(Source("extra", "ab" * 32, 3, 9),)),
     ],
 )
 def test_the_hash_of_a_plan_changes_with_all_that_matters(other: Plan) -> None:
     assert PLAN.content_hash != other.content_hash
     assert PLAN.content_hash == PLAN.bound(name="x", source={"unit": "L1H2"}).content_hash
+
+
+DIFFERENT = [
+    Mask(np.array([1]), (1, 4)),
+    Mask(np.array([1]), (1, 4), occurrences="all"),
+    Mask(np.array([1]), (1, 4), clock="run"),
+    Mask(np.array([1]), (1, 4), online=True),
+    Insert(np.array([1]), (1, 4)),
+    Insert(np.array([1]), (1, 4), online=True),
+    Replace((1, 4), np.array([1, 2]), np.array([5, 6])),
+    Replace((1, 4), np.array([1, 2]), np.array([6, 5])),
+    Replace((1, 4), by=np.array([5, 6])),
+    Replace((1, 4), by_steps=(5, 6)),
+    Replace((1, 4), by_steps=(5, 7)),
+    Prune((1, 4), 0.5),
+    Prune(None, 0.5),
+    Prune((1, 4), 0.25),
+    Prune((1, 4), 0.5, 0.5),
+    Prune((1, 4), 0.5, draw=1),
+]
+
+
+def test_every_field_of_an_operation_is_in_the_hash_and_in_the_file(tmp_path: Path) -> None:
+    assert len({Plan((op,)).content_hash for op in DIFFERENT}) == len(DIFFERENT)
+    for op in DIFFERENT:
+        again = Plan.load(Plan((op,)).save(tmp_path / "p.json"))
+        assert again.operations[0].describe() == op.describe()
+    assert Plan.prune(1).content_hash == Plan.prune(1.0).content_hash  # type: ignore[arg-type]
+    assert Plan.insert([1], steps=(np.int64(1), 4), copies=np.int64(2)).save(tmp_path / "n.json")
 
 
 def test_the_hash_of_an_order_changes_with_the_stream_and_not_with_its_length() -> None:
@@ -305,6 +339,11 @@ def test_plan_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(value | {"schema_version": 99}))
     with pytest.raises(ValueError, match="schema 99"):
         Plan.load(path)
+    broken = {"operations": [{"operation": "mask"}]}, {"operations": [3]}, {"order": {"n": 1}}
+    for wrong in (*broken, {"spared": "x"}, {"sources": [1]}):
+        path.write_text(json.dumps(value | wrong))
+        with pytest.raises(ValueError, match=r"p\.json is not a whole plan"):
+            Plan.load(path)
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         Plan.load(path)
@@ -329,6 +368,9 @@ def test_plan_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         (lambda o: Schedule(o).batch(10), r"outside the run: it has steps 0\.\.9"),
         (lambda o: Plan.mask([1], weight=-0.5), "weight -0.5"),
         (lambda o: Plan.mask([1], weight=float("nan")), "weight nan"),
+        (lambda o: Plan.mask([1], weight=1e39), r"weight 1e\+39 of a mask must be finite"),
+        (lambda o: Plan.mask([1], steps=(1.5, 3)), "give two integers"),
+        (lambda o: Schedule(o, Plan.prune(0.001, (1, 3))), "of 10 places is none"),
         (lambda o: Plan.mask([]), "at least one sample"),
         (lambda o: Plan.mask([-1]), "-1 is negative"),
         (lambda o: Plan.mask([1, 1]), "given twice"),

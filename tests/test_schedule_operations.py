@@ -79,7 +79,7 @@ def scheduled(draw: st.DrawFn) -> Schedule:
             more = plan.with_operations([draw(operations(order))])
             Schedule(order, more)
         except ValueError as error:
-            told = ("do not fit", "leave one of the two out", "outside the run")
+            told = ("do not fit", "leave one of the two out", "outside the run", "is none")
             assert any(words in str(error) for words in told)
         else:
             plan = more
@@ -112,7 +112,7 @@ def test_one_intervals_samples_by_anothers_in_their_order() -> None:
     assert (np.delete(stream.sample_ids, range(140, 150)) == np.delete(base, range(140, 150))).all()
 
 
-@pytest.mark.parametrize("fraction", [0.95, 0.123, 1.0])
+@pytest.mark.parametrize("fraction", [0.95, 0.12395, 1.0])
 def test_a_pruning_takes_its_share_exactly_and_at_random(fraction: float) -> None:
     order = BaseOrder(5000, 10, 300)
     counts = np.zeros(2000)
@@ -129,6 +129,39 @@ def test_a_pruning_takes_its_share_exactly_and_at_random(fraction: float) -> Non
     other = whole(Schedule(order, Plan.prune(fraction, (50, 250), draw=1))).weights
     first = whole(Schedule(order, Plan.prune(fraction, (50, 250)))).weights
     assert fraction == 1 or (other != first).any()
+
+
+def test_a_whole_runs_pruning_takes_its_share_of_every_pass() -> None:
+    """However long the run is, and of the base samples that fill a shift's last step too."""
+    short, long = (BaseOrder(500, 10, n_steps, seed=1) for n_steps in (90, 200))
+    plan = Plan.prune(0.3)
+    weights = whole(Schedule(long, plan)).weights
+    assert ((weights.reshape(4, 500) == 0).sum(1) == 150).all()
+    assert len({tuple(one) for one in weights.reshape(4, 500)}) == 4
+    shifted = whole(Schedule(short, plan | Plan.insert(range(7), steps=(0, 1))))
+    kept = shifted.weights[shifted.provenance != INSERTED]
+    assert (kept == weights[: len(kept)]).all()
+
+
+def test_weights_multiply() -> None:
+    order = BaseOrder(50, 5, 8)
+    twice = Plan.prune(1.0, (2, 4), weight=0.5) | Plan.prune(1.0, (3, 5), weight=0.25)
+    weights = whole(Schedule(order, twice | Plan.mask(range(50), (3, 4), weight=2.0))).weights
+    by_step = weights.reshape(8, 5)
+    assert (by_step == by_step[:, :1]).all()
+    assert by_step[:, 0].tolist() == [1, 1, 0.5, 0.25, 0.25, 1, 1, 1]
+    masked = Schedule(order, Plan.mask(range(50), (3, 6), weight=0.5))
+    online = [Mask(np.arange(50), (4, 7), 0.5, "all", "run", online=True)] * 2
+    weights = whole(masked.extended(online, 4)).weights.reshape(8, 5)
+    assert weights[:, 0].tolist() == [1, 1, 1, 0.5, 0.125, 0.125, 0.25, 1]
+
+
+def test_a_mask_of_one_place_at_a_blocks_edge() -> None:
+    order = BaseOrder(9000, 1, 9000, shuffle=False)
+    for step in (4095, 4096, 8191):
+        schedule = Schedule(order, Plan.mask(range(9000), (step, step + 1)))
+        weights = [float(schedule.batch(k).weights[0]) for k in range(step - 1, step + 2)]
+        assert weights == [1, 0, 1]
 
 
 # -- operations decided on the way ----------------------------------------------------------------
@@ -167,6 +200,19 @@ def test_what_is_decided_on_the_way_leaves_the_past_as_it_was(data: st.DataObjec
     check_against_definition(schedule)
 
 
+@given(st.integers(1, 23), st.integers(1, 6), st.sampled_from(["dispersed", "concentrated"]))
+def test_the_first_base_step_after_a_step(n: int, size: int, mode: str) -> None:
+    order = BaseOrder(60, size, 9)
+    schedule = Schedule(order, Plan.insert(range(n), steps=(2, 5), mode=mode))  # type: ignore[arg-type]
+    origins = schedule.base_positions(0, len(schedule))
+    for step in range(len(schedule)):
+        before = origins[: step * size]
+        first = next(
+            k for k in range(len(schedule) + 1) if not (before[before >= 0] >= k * size).any()
+        )
+        assert schedule.base_step_at(step) == first
+
+
 def test_the_past_cannot_be_changed() -> None:
     order = BaseOrder(60, 5, 10)
     schedule = Schedule(order, Plan.insert(range(10), steps=(2, 4)))  # two steps more
@@ -179,6 +225,8 @@ def test_the_past_cannot_be_changed() -> None:
         schedule.extended([Mask(np.array([3]), (7, 8), clock="run", online=True)], 8)
     with pytest.raises(ValueError, match="has been trained on"):
         schedule.extended([Mask(np.array([3]), online=True)], 8)
+    with pytest.raises(ValueError, match="give clock='run'"):
+        schedule.extended([Mask(np.array([3]), (8, 9), occurrences="all", online=True)], 8)
     with pytest.raises(ValueError, match="not an online operation"):
         schedule.extended([Mask(np.array([3]), (8, 9))], 2)
     with pytest.raises(ValueError, match="ends outside the run, which has 12 steps"):
@@ -232,6 +280,9 @@ def test_the_control_of_a_replacement_keeps_its_places() -> None:
     order = BaseOrder(400, 10, 30)
     out, new = order.ids(14)[:5], order.ids(3)[:5]
     plan = Plan.replace(steps=(14, 15), sample_ids=out, by=new).bound(order=order)
+    others = np.setdiff1d(np.arange(400), np.concatenate([out, new]))[:5]
+    pool = np.concatenate([out, new, others])
+    assert set(plan.random_control(pool, seed=3).operations[0].by.tolist()) == set(others.tolist())  # type: ignore[union-attr]
     control = plan.random_control(range(400), seed=3)
     streams = [whole(Schedule(order, one)) for one in (plan, control)]
     assert (streams[0].provenance == streams[1].provenance).all()
@@ -245,7 +296,28 @@ def test_the_control_of_a_replacement_keeps_its_places() -> None:
     control = interval.bound(order=order).random_control(range(400), seed=3)
     (op,) = control.operations
     assert isinstance(op, Replace) and op.by is not None and len(op.by) == 10
-    assert not np.intersect1d(op.by, order.ids(3)).size
+    window = np.concatenate([order.ids(step) for step in (14, 15)])
+    assert not np.intersect1d(op.by, np.concatenate([order.ids(3), window])).size
+    others = np.setdiff1d(np.arange(400), np.concatenate([order.ids(3), window]))
+    few = interval.bound(order=order).random_control(np.append(window, others[:10]), seed=3)
+    assert set(few.operations[0].by.tolist()) == set(others[:10].tolist())  # type: ignore[union-attr]
+
+
+def test_the_controls_of_a_pruning_are_other_draws() -> None:
+    order, plan = BaseOrder(400, 10, 30), Plan.prune(0.5, (3, 13))
+    draws = [plan, *(plan.random_control([], seed=seed) for seed in (3, -3, 4))]
+    weights = [whole(Schedule(order, one)).weights for one in draws]
+    assert all((w == 0).sum() == 50 for w in weights)
+    assert len({w.tobytes() for w in weights}) == 4
+
+
+def test_a_later_mask_leaves_earlier_insertions_where_they_were() -> None:
+    """So that a run can branch at step 5 to a plan that masks from there on."""
+    order = BaseOrder(400, 10, 30)
+    first = Plan.insert(range(40), steps=(0, 5), placement="replace")
+    ids = np.unique(np.concatenate([order.ids(step) for step in range(5)]))[::3]
+    both = first | Plan.mask(ids, (6, 9))
+    assert StreamDigest(Schedule(order, first)).at(5) == StreamDigest(Schedule(order, both)).at(5)
 
 
 # -- contradictions, bad values -------------------------------------------------------------------

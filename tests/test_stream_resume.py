@@ -13,18 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_datamodule import Recorder, every_step, expected, fit
 from test_schedule_operations import scheduled
 
-from mda_lightning.corpora import JoinedRows, TokenRows
+from mda_lightning.corpora import JoinedRows, TokenRows, train_bpe
 from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.datamodules.scheduled_batches import BatchLoader, FromPosition, ScheduledBatches
 from mda_lightning.interventions import Insert, Mask, Plan
-from mda_lightning.schedule import BASE, INSERTED, Schedule
+from mda_lightning.schedule import BASE, INSERTED, Schedule, StreamDigest
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +150,88 @@ def test_the_past_cannot_be_steered(rows: TokenRows, tmp_path: Path) -> None:
     late = {3: [Mask(np.array([1]), (2, 9), clock="run", online=True)]}
     with pytest.raises(ValueError, match="has been trained on"):
         fit(Recorder(), data, tmp_path, Steer(data, late))
+    mask = Mask(np.array([1]), (3, 9), clock="run", online=True)
+    with pytest.raises(ValueError, match="no fit is going on"):
+        data.steer([mask], 3)
+
+
+class SteerIn(Callback):
+    """Steer from the present step in some hook of batch 3."""
+
+    def __init__(self, data: TokenDataModule, hook: str) -> None:
+        self.data = data
+        setattr(self, hook, self._steer)
+
+    def _steer(self, trainer: pl.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        mask = Mask(np.arange(60), (step, step + 1), clock="run", online=True)
+        if trainer.fit_loop.batch_idx == 3 or step == 5:
+            self.data.steer([mask], step)
+
+
+def test_a_batch_that_is_out_cannot_be_steered(rows: TokenRows, tmp_path: Path) -> None:
+    """Before the batch, where the plan would say masked and training would not have been."""
+
+    def data() -> TokenDataModule:
+        return TokenDataModule(rows, batch_size=4, n_steps=9)
+
+    for hook, accumulate in (("on_train_batch_start", 1), ("on_after_backward", 1),
+                             ("on_train_batch_end", 2)):  # fmt: skip
+        own = data()
+        with pytest.raises(ValueError, match="have been given to training"):
+            fit(Recorder(), own, tmp_path, SteerIn(own, hook), accumulate=accumulate)
+    own = data()
+    fit(Recorder(), own, tmp_path, every_step(tmp_path))
+    resumed = data()
+    path = str(tmp_path / "step=5.ckpt")
+    module = Recorder()
+    fit(module, resumed, tmp_path, SteerIn(resumed, "on_train_start"), ckpt_path=path)
+    assert [weight for step, _, weight, _ in module.seen if step == 5] == [0.0] * 4
+
+
+def test_a_stream_is_trained_on_once(rows: TokenRows, tmp_path: Path) -> None:
+    """A second epoch, or a second fit of one Trainer, would begin it anew."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+    }
+
+    def data() -> TokenDataModule:
+        return TokenDataModule(rows, batch_size=4, n_steps=9)
+
+    with pytest.raises(ValueError, match="second epoch at step 5"):
+        pl.Trainer(max_steps=9, limit_train_batches=5, **settings).fit(Recorder(), data())
+    module = Recorder()
+    trainer = pl.Trainer(max_steps=5, limit_train_batches=5, **settings)
+    trainer.fit(module, datamodule=data())
+    assert len(module.seen) == 20
+    with pytest.raises(ValueError, match="has trained 5 steps already"):
+        trainer.fit_loop.epoch_loop.max_steps = 9
+        trainer.fit(module, datamodule=data())
+    scheduler = GradientAccumulationScheduler({0: 2})
+    with pytest.raises(ValueError, match="use accumulate_grad_batches"):
+        pl.Trainer(max_steps=9, callbacks=[scheduler], **settings).fit(Recorder(), data())
+    shift = [Insert(np.array([7]), (4, 6), online=True)]
+    own = data()
+    with pytest.raises(ValueError, match="has no end of its own"):
+        steer = Steer(own, {3: shift})
+        pl.Trainer(max_epochs=1, callbacks=[steer], **settings).fit(Recorder(), datamodule=own)
+
+
+def test_positions_of_other_schemas(rows: TokenRows) -> None:
+    """An older one is judged by what was trained on, since plans had other hashes."""
+    data = TokenDataModule(rows, batch_size=4, n_steps=9)
+    state = data.state_dict() | {"step": 3, "stream_hash": StreamDigest(data.schedule).at(3)}
+    old = {k: v for k, v in state.items() if k != "online"} | {"schema_version": 1, "plan_hash": ""}
+    data.load_state_dict(old)
+    with pytest.raises(ValueError, match="pass branch=True"):
+        data.load_state_dict(old | {"stream_hash": "0"})
+    with pytest.raises(ValueError, match="schema 99"):
+        data.load_state_dict(state | {"schema_version": 99})
 
 
 class SendAt(Callback):
@@ -288,6 +374,14 @@ def test_a_corpus_that_changed_or_moved_is_refused(
     long = TokenRows.write(tmp_path / "l", np.full((6, 7), 4), vocab_size=60, provenance={})
     with pytest.raises(ValueError, match="rows of 7 tokens"):
         data(Plan.insert_rows(long, steps=(2, 6)))
+    bpe, other_bpe = (train_bpe([text] * 9, vocab_size=260, seed=0) for text in ("ab ab", "yz yz"))
+    named = TokenRows.write(tmp_path / "b", rows.get(range(60)), tokenizer_json=bpe, provenance={})
+    foreign = TokenRows.write(
+        tmp_path / "t", np.full((6, 5), 4), tokenizer_json=other_bpe, provenance={}
+    )
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        JoinedRows(named, {1: foreign})
+    JoinedRows(named, {1: named, 2: rows})
     large = TokenRows.write(tmp_path / "v", np.full((6, 5), 4), vocab_size=90, provenance={})
     with pytest.raises(ValueError, match="vocabulary of 90"):
         data(Plan.insert_rows(large, steps=(2, 6)))

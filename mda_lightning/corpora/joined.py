@@ -20,7 +20,8 @@ class JoinedRows(TokenRows):
         others: by the namespace of their ids; see :mod:`mda_lightning.sample_ids`.
 
     Raises:
-        ValueError: rows of another length, or of a larger vocabulary than the base corpus.
+        ValueError: rows of another length or tokenizer, or of a larger vocabulary than the base
+            corpus.
     """
 
     def __init__(self, base: TokenRows, others: Mapping[int, TokenRows]) -> None:
@@ -37,6 +38,12 @@ class JoinedRows(TokenRows):
                 raise ValueError(
                     f"{rows.folder} has a vocabulary of {rows.vocab_size} and {base.folder} of "
                     f"{base.vocab_size}; inserted rows must be of the same tokenizer"
+                )
+
+            if _tokenizer(rows) not in (None, _tokenizer(base)) and _tokenizer(base) is not None:
+                raise ValueError(
+                    f"{rows.folder} has another tokenizer than {base.folder}, so its tokens mean "
+                    "other text there; make its rows with the base corpus's tokenizer.json"
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,3 +89,8 @@ class JoinedRows(TokenRows):
                 raise IndexError(f"sample {ids[at[0]]} is of a source that is not at hand")
             shares.append((rows, at, numbers[at]))
         return shares
+
+
+def _tokenizer(rows: TokenRows) -> str | None:
+    path = rows.folder / "tokenizer.json"
+    return path.read_text("utf-8") if path.is_file() else None

@@ -17,11 +17,13 @@ class StreamPosition:
         start_step: the step that this fit begins with; 0, or what the checkpoint had consumed.
         accumulate: micro-batches of a step.
         restored: whether ``start_step`` came from a checkpoint.
+        handed_out: the last micro-batch that the loader has given, or -1.
     """
 
     start_step: int = 0
     accumulate: int = 1
     restored: bool = False
+    handed_out: int = -1
 
     @property
     def start(self) -> int:
@@ -41,9 +43,15 @@ class StreamPosition:
             return max(consumed, trainer.global_step)
         return consumed
 
+    @property
+    def next_step(self) -> int:
+        """The first step of whose samples the loader has given none."""
+        begun = -(-(self.handed_out + 1) // self.accumulate)
+        return max(self.start_step, begun)
+
     def begin(self, accumulate: int) -> None:
         """Forget an earlier fit; a checkpoint, where there is one, is read after this."""
-        self.start_step, self.restored = 0, False
+        self.start_step, self.restored, self.handed_out = 0, False, -1
         self.accumulate = accumulate
 
 
@@ -57,12 +65,29 @@ class ResumeAtStep(Callback):
 
     def __init__(self, position: StreamPosition) -> None:
         self.position = position
+        self._epochs = 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epochs += 1
+        if self._epochs > 1:
+            raise ValueError(
+                f"Lightning began a second epoch at step {trainer.global_step}, which would begin "
+                "the stream anew: a run is one epoch. Leave out limit_train_batches "
+                f"({trainer.limit_train_batches}), or give Trainer(max_steps=...) that many steps"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         position = self.position
-        if trainer.ckpt_path and trainer.global_step > 0 and not position.restored:
+        self._epochs = 0
+        if trainer.global_step > 0 and not position.restored:
+            trained = f"{trainer.global_step} steps"
+            if trainer.ckpt_path is None:
+                raise ValueError(
+                    f"this Trainer has trained {trained} already, and the stream would begin anew; "
+                    "go on from a checkpoint with a new Trainer: fit(..., ckpt_path=...)"
+                )
             raise ValueError(
-                f"{trainer.ckpt_path} was trained for {trainer.global_step} steps but holds no "
+                f"{trainer.ckpt_path} was trained for {trained} but holds no "
                 "position for TokenDataModule: it was saved by another data module, so where to go "
                 "on in the data is unknown. Load its weights only, and start a run of its own"
             )

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.callbacks import GradientAccumulationScheduler as _Accumulation
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from rich.progress import track
 
 from mda_lightning.corpora import JoinedRows, TokenRows
 from mda_lightning.datamodules.ledger_writer import LedgerWriter
@@ -20,10 +22,11 @@ from mda_lightning.datamodules.scheduled_batches import (
     RowBatches,
     ScheduledBatches,
 )
-from mda_lightning.interventions import Operation, Plan, operation_from
+from mda_lightning.interventions import Insert, Operation, Plan, operation_from
 from mda_lightning.schedule import BaseOrder, Schedule, StreamDigest
 
 SCHEMA_VERSION = 2  # 1 had no online operations
+_STEPS_TO_WALK = 2**18  # samples
 
 
 class TokenDataModule(pl.LightningDataModule):
@@ -126,6 +129,11 @@ class TokenDataModule(pl.LightningDataModule):
                 f"and max_epochs={trainer.max_epochs}; use Trainer(max_steps={steps}) or a larger "
                 "n_steps (passes over the corpus belong to the schedule, not to Lightning's epochs)"
             )
+        if scheduler := [c for c in trainer.callbacks if isinstance(c, _Accumulation)]:
+            raise ValueError(
+                f"{type(scheduler[0]).__name__} changes how many micro-batches a step has, and the "
+                "schedule's steps have as many throughout; use accumulate_grad_batches"
+            )
         self._position.begin(asked)
         # A checkpoint's operations, where there is one, are read after this.
         self._set_online(())
@@ -151,20 +159,30 @@ class TokenDataModule(pl.LightningDataModule):
 
         Args:
             operations: ``Mask(..., online=True)`` or ``Insert(..., online=True)``.
-            from_step: the first step, ``global_step`` or later, whose samples may change.
+            from_step: the first step whose samples may change; at the end of a step,
+                ``global_step`` or later.
 
         Raises:
-            ValueError: an operation of another kind, or one that would change what has been
-                trained on; an insertion that does not fit.
+            ValueError: no fit is going on; an operation of another kind, or one that would change
+                what has been given to training; an insertion that does not fit, or that shifts in
+                a run without ``max_steps``.
         """
         trainer = self.trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            consumed = self._position.consumed_steps(trainer)
-            if from_step < consumed:
-                raise ValueError(
-                    f"the stream cannot be changed from step {from_step}: {consumed} steps have "
-                    f"been trained; steer from step {consumed} or later"
-                )
+        running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        if trainer is None or not running or trainer.state.fn != TrainerFn.FITTING:
+            raise ValueError("no fit is going on; give what is known before as plan=...")
+        if from_step < self._position.next_step:
+            raise ValueError(
+                f"the stream cannot be changed from step {from_step}: the batches of the steps "
+                f"before {self._position.next_step} have been given to training; steer from there "
+                "on, at the end of a step (on_train_batch_end) or before the first"
+            )
+        shifts = any(isinstance(op, Insert) and op.placement == "shift" for op in operations)
+        if shifts and trainer.max_steps < 0:
+            raise ValueError(
+                "a shift would make a run longer that has no end of its own: give "
+                "Trainer(max_steps=...), at which it then ends, or placement='replace'"
+            )
         self.schedule = self.schedule.extended(operations, from_step)
         self._online += tuple(operations)
         self._digest.schedule = self.schedule
@@ -181,6 +199,7 @@ class TokenDataModule(pl.LightningDataModule):
         loaded_by = self.schedule
 
         def corrected(number: int, batch: Batch) -> Batch:
+            self._position.handed_out = number
             if self.schedule is loaded_by:
                 return batch
             return batches.corrected(number, batch, self.schedule)
@@ -246,7 +265,16 @@ class TokenDataModule(pl.LightningDataModule):
                     "shuffle, or load the weights only"
                 )
         step, stream_hash = state_dict["step"], state_dict["stream_hash"]
+        version = state_dict["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise ValueError(
+                f"the checkpoint's position has schema {version}, this version reads up to "
+                f"{SCHEMA_VERSION}; update mda-lightning"
+            )
         same_plan = state_dict["plan_hash"] == self.plan.content_hash
+        if version < SCHEMA_VERSION and step <= len(self.schedule):
+            # Plans had other hashes: what was trained on decides.
+            same_plan |= self._digest.at(step) == stream_hash
         if same_plan:
             self._set_online([operation_from(item) for item in state_dict.get("online", ())])
         if step > len(self.schedule):
@@ -267,12 +295,24 @@ class TokenDataModule(pl.LightningDataModule):
                 f"the checkpoint was trained with {plans}; resume with the same plan, or pass "
                 "branch=True to go on from it with this one"
             )
-        if StreamDigest(self.schedule).at(step) != stream_hash:
+        if self._walked(step) != stream_hash:
             raise ValueError(
                 f"cannot branch: the checkpoint was trained with {plans} ({self.plan.name!r}), and "
                 f"the two differ within the {step} steps that it has already trained; start the "
-                f"plan's windows at step {step} or later, or branch from an earlier checkpoint"
+                f"plan's windows at step {step} or later, or branch from an earlier checkpoint. "
+                "What a steered run was trained on is the plan in its stream/plan.json; operations "
+                "added to a plan with online=True leave its insertions where they were"
             )
+
+    def _walked(self, step: int) -> str:
+        """The digest of the steps before ``step``, with a bar where it takes long."""
+        digest, order = StreamDigest(self.schedule), self.schedule.order
+        at_once = max(1, _STEPS_TO_WALK // order.batch_size)
+        parts = range(0, step, at_once)
+        quiet = len(parts) < 20 or (self.trainer is not None and not self.trainer.is_global_zero)
+        for first in track(parts, "comparing what was trained on", disable=quiet, transient=True):
+            digest.at(min(first + at_once, step))
+        return digest.at(step)
 
     def _set_online(self, operations: Sequence[Operation]) -> None:
         if not operations and not self._online:

@@ -14,6 +14,7 @@ from mda_lightning.interventions.operations import (
     Replace,
     Steps,
     is_online,
+    overlap,
 )
 
 
@@ -44,7 +45,9 @@ def _contradiction(first: Operation, second: Operation) -> str:
 
 
 def _two_masks(first: Mask, second: Mask) -> str:
-    if first.weight == second.weight or not _overlap(first.steps, second.steps):
+    # Windows of two clocks meet or not by how much is shifted before them, so they may.
+    apart = first.clock == second.clock and not overlap(first.steps, second.steps)
+    if first.weight == second.weight or apart:
         return ""
     both = np.intersect1d(first.sample_ids, second.sample_ids, assume_unique=True)
     if not both.size:
@@ -56,7 +59,9 @@ def _two_masks(first: Mask, second: Mask) -> str:
 
 
 def _mask_of_what_is_replaced(mask: Mask, replace: Replace) -> str:
-    if mask.occurrences == "all" or not _overlap(mask.steps, replace.steps):
+    if mask.occurrences == "all" or mask.clock == "run":
+        return ""
+    if not overlap(mask.steps, replace.steps):
         return ""
     if replace.sample_ids is not None:
         both = np.intersect1d(mask.sample_ids, replace.sample_ids, assume_unique=True)
@@ -72,7 +77,7 @@ def _mask_of_what_is_replaced(mask: Mask, replace: Replace) -> str:
 
 
 def _mask_of_what_is_inserted(mask: Mask, insert: Insert) -> str:
-    if mask.occurrences == "base" or mask.weight != 0 or not _overlap(mask.steps, insert.steps):
+    if mask.occurrences == "base" or mask.weight != 0 or not overlap(mask.steps, insert.steps):
         return ""
     both = np.intersect1d(mask.sample_ids, insert.sample_ids, assume_unique=True)
     return (
@@ -83,18 +88,12 @@ def _mask_of_what_is_inserted(mask: Mask, insert: Insert) -> str:
 
 
 def _two_replacements(first: Replace, second: Replace) -> str:
-    if not _overlap(first.steps, second.steps):
+    if not overlap(first.steps, second.steps):
         return ""
     if first.sample_ids is None or second.sample_ids is None:
         return f"steps {first.steps} and {second.steps} overlap and places of both are replaced"
     both = np.intersect1d(first.sample_ids, second.sample_ids, assume_unique=True)
     return f"sample {both[0]} is replaced twice in overlapping steps" if both.size else ""
-
-
-def _overlap(first: Steps | None, second: Steps | None) -> bool:
-    if first is None or second is None:
-        return True
-    return first[0] < second[1] and second[0] < first[1]
 
 
 def _within(inner: Steps, outer: Steps) -> bool:

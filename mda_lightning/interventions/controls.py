@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mda_lightning.base_order import BaseOrder
-from mda_lightning.interventions.operations import Insert, Mask, Operation, Replace, as_ids
+from mda_lightning.interventions.operations import Insert, Mask, Operation, Replace, Steps, as_ids
 from mda_lightning.shuffling import key_of, keyed_order
 
 
@@ -23,7 +23,7 @@ def controlled(
 ) -> tuple[Operation, ...]:
     """The operations with a random stand-in for every sample; see :meth:`Plan.random_control`."""
     treated = _unique([_substituted(op, order) for op in operations])
-    excluded = _unique([treated, *(op.named_ids for op in operations)])
+    excluded = _unique([treated, *(_told(op, order) for op in operations)])
     if exclude is not None:
         excluded = np.union1d(excluded, as_ids(exclude))
     pool = np.setdiff1d(as_ids(pool_ids), excluded)
@@ -42,7 +42,8 @@ def controlled(
             return dataclasses.replace(op, sample_ids=stand_ins(op.sample_ids))
         if isinstance(op, Replace):
             return dataclasses.replace(op, by=stand_ins(_substituted(op, order)), by_steps=None)
-        return dataclasses.replace(op, draw=op.draw + 1 + abs(seed))
+        draw = int(key_of("another pruning", op.draw, seed) >> np.uint64(32))
+        return dataclasses.replace(op, draw=draw)
 
     return tuple(on_stand_ins(op) for op in operations)
 
@@ -54,16 +55,25 @@ def _substituted(op: Operation, order: BaseOrder | None) -> NDArray[np.int64]:
     if op.by is not None:
         return op.by
     assert op.by_steps is not None
+    # No more than there are places: what does not come in needs no stand-in.
+    first, last = op.by_steps
+    return _base_ids(order, (first, min(last, first + op.steps[1] - op.steps[0])))
+
+
+def _told(op: Operation, order: BaseOrder | None) -> NDArray[np.int64]:
+    """The samples that an operation concerns, and that are no stand-ins therefore."""
+    if isinstance(op, Replace) and op.sample_ids is None:
+        return np.union1d(op.named_ids, _base_ids(order, op.steps))
+    return op.named_ids
+
+
+def _base_ids(order: BaseOrder | None, steps: Steps) -> NDArray[np.int64]:
     if order is None:
         raise ValueError(
-            f"which samples steps {op.by_steps} hold depends on the base order; tie the plan to it "
+            f"which samples steps {steps} hold depends on the base order; tie the plan to it "
             "with bound(order=...) before drawing a control"
         )
-    size = order.batch_size
-    # No more than there are places: what does not come in needs no stand-in.
-    n = min(op.by_steps[1] - op.by_steps[0], op.steps[1] - op.steps[0]) * size
-    start = op.by_steps[0] * size
-    return np.unique(order.at(np.arange(start, start + n, dtype=np.int64)))
+    return np.unique(order.at(np.arange(*order.places(steps), dtype=np.int64)))
 
 
 def _unique(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ been trained on already.
 
 from __future__ import annotations
 
-import math
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -106,6 +106,7 @@ class Insert:
         _one_of("placement", self.placement, ("shift", "replace"))
         if self.copies < 1:
             raise ValueError(f"copies is {self.copies}; an inserted sample is seen at least once")
+        object.__setattr__(self, "copies", operator.index(self.copies))
 
     @property
     def count(self) -> int:
@@ -197,8 +198,9 @@ class Prune:
     """A random share of a window's base places gets another weight, 0 unless said otherwise.
 
     Attributes:
-        steps: window of base steps; None is the whole run.
-        fraction: share of the window's places, in (0, 1]; ``round(fraction * places)`` of them.
+        steps: window of base steps; None is the whole run, pass after pass over the corpus.
+        fraction: share of the window's places, in (0, 1]; ``round(fraction * places)`` of them. Of
+            the whole run, as many of every pass, wherever it ends.
         weight: theirs; it multiplies the one that a mask gives.
         draw: another number draws other places.
     """
@@ -213,6 +215,8 @@ class Prune:
         object.__setattr__(self, "weight", _weight(self.weight, "pruned places"))
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction {self.fraction!r} of a pruning must be in (0, 1]")
+        object.__setattr__(self, "fraction", float(self.fraction))
+        object.__setattr__(self, "draw", operator.index(self.draw))
 
     @property
     def named_ids(self) -> NDArray[np.int64]:
@@ -246,6 +250,8 @@ def operation_from(item: dict[str, Any]) -> Operation:
     Raises:
         ValueError: no operation of that name, or other fields than it has.
     """
+    if not isinstance(item, dict):
+        raise ValueError(f"an operation is an object, not {item!r}")
     values = {key: value for key, value in item.items() if key != "operation"}
     kind = _KINDS.get(item.get("operation", ""))
     if kind is None:
@@ -260,6 +266,13 @@ def operation_from(item: dict[str, Any]) -> Operation:
 def is_online(operation: Operation) -> bool:
     """Whether it was decided while the run was going on."""
     return isinstance(operation, (Mask, Insert)) and operation.online
+
+
+def overlap(first: Steps | None, second: Steps | None) -> bool:
+    """Whether two windows have a step in common; None is the whole run."""
+    if first is None or second is None:
+        return True
+    return first[0] < second[1] and second[0] < first[1]
 
 
 def as_ids(sample_ids: ArrayLike) -> NDArray[np.int64]:
@@ -292,7 +305,10 @@ def _unique_ids(sample_ids: ArrayLike) -> NDArray[np.int64]:
 def _window(steps: Any) -> Steps | None:
     if steps is None:
         return None
-    start, end = (int(step) for step in steps)
+    try:
+        start, end = (operator.index(step) for step in steps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"steps {steps!r} is not a window: give two integers") from error
     if not 0 <= start < end:
         raise ValueError(
             f"steps ({start}, {end}) is not a window: it is half-open and 0-based, 0 <= start < end"
@@ -301,9 +317,10 @@ def _window(steps: Any) -> Steps | None:
 
 
 def _weight(value: float, what: str) -> float:
-    if not math.isfinite(value) or value < 0:
+    # In the stream it is a float32.
+    if not 0 <= float(value) <= float(np.finfo(np.float32).max):
         raise ValueError(
-            f"weight {value!r} of {what} must be finite and at least 0; "
+            f"weight {value!r} of {what} must be finite, in float32, and at least 0; "
             "0 removes a sample from the loss, 1 leaves it as it is"
         )
     return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class Plan:
     name: str = "plan"
 
     def __post_init__(self) -> None:
+        if self.seed is not None:
+            object.__setattr__(self, "seed", operator.index(self.seed))
         refuse_contradictions(self.operations)
 
     # -- making plans -------------------------------------------------------------------------
@@ -222,17 +225,19 @@ class Plan:
         seed of the places stays: with the same ``shift`` insertions, treated and control samples
         take the same places. For insertions with ``replace`` use :meth:`with_random_control`.
 
-        A replacement keeps the places that it takes, and random samples come in; a replacement by
-        an interval is one by as many random samples. A pruning draws other places.
+        A replacement keeps the places that it takes, and random samples come in, none of those
+        that it takes out; a replacement by an interval is one by as many random samples. A pruning
+        is drawn anew.
 
         Args:
-            pool_ids: the samples to draw from, usually those that the base run saw in the window.
+            pool_ids: the samples to draw from: for masks and insertions usually those that the base
+                run saw in the window, for replacements others.
             seed: of the draw.
             exclude: further ids never to be drawn.
 
         Raises:
-            ValueError: the pool without the treated and excluded samples is too small, or a
-                replacement by an interval in a plan without an order.
+            ValueError: the pool without the treated and excluded samples is too small, or the
+                replacement of a whole window in a plan without an order.
         """
         return dataclasses.replace(
             self,
@@ -318,7 +323,10 @@ class Plan:
             ValueError: not a plan, of another schema, or its content hash does not fit its content.
         """
         fields, said = read_plan_file(Path(path))
-        plan = cls(**fields)
+        try:
+            plan = cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if plan.content_hash != said:
             raise ValueError(
                 f"{path} says content hash {said[:12]} but its content has "

@@ -52,9 +52,9 @@ def read_plan_file(path: Path) -> tuple[dict[str, Any], str]:
             "name": value["name"],
         }
         return fields, value["content_hash"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} lacks a part of a plan ({error}); it was edited or damaged: build it again"
+            f"{path} is not a whole plan ({error}); it was edited or damaged: build it again"
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mda_lightning.base_order import BaseOrder
-from mda_lightning.interventions.operations import Mask, Operation
+from mda_lightning.interventions.operations import Mask, Operation, Prune
 from mda_lightning.interventions.plan import Plan
 from mda_lightning.sample_ids import split_ids
 
@@ -35,6 +35,13 @@ def check_fits(order: BaseOrder, plan: Plan, operations: Sequence[Operation]) ->
     """
     _check_samples(order, plan, operations)
     for op in operations:
+        if isinstance(op, Prune):
+            start, end = (0, order.n_rows) if op.steps is None else order.places(op.steps)
+            if round(op.fraction * (end - start)) == 0:
+                raise ValueError(
+                    f"a share of {op.fraction} of {end - start} places is none; prune a larger "
+                    "share, or in more steps"
+                )
         by_run = isinstance(op, Mask) and op.clock == "run"
         if op.steps is not None and op.steps[1] > order.n_steps and not by_run:
             raise ValueError(

@@ -6,7 +6,7 @@ one by one: memory is that of the inserted samples, however long the window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mda_lightning.base_order import BaseOrder
 from mda_lightning.interventions.operations import Insert
-from mda_lightning.shuffling import key_of, keyed_order, permute
+from mda_lightning.shuffling import key_of, keyed_order, shuffled
 
 _MOST_AT_ONCE = 2**20
 
@@ -56,11 +56,11 @@ def shifted(
         return placed
     anchors, ids = [placed.places - np.arange(len(placed.places))], [placed.sample_ids]
     for key, op in inserts:
-        start, end = _positions(order, op)
+        start, end = order.places(op.steps)
         places = np.arange(op.count, dtype=np.int64)
         if op.mode == "dispersed":
             size = end - start + op.count
-            places = np.sort(permute(places, size, keys=key ^ key_of("places")))
+            places = np.sort(shuffled(places, size, key=key ^ key_of("places")))
         # Subtracting the inserted ones before each leaves the base position that it comes before.
         anchors.append(start + places - np.arange(op.count))
         ids.append(_in_stream_order(key, op))
@@ -72,7 +72,7 @@ def shifted(
 def replaced(
     order: BaseOrder,
     inserts: Sequence[tuple[np.uint64, Insert]],
-    spared: NDArray[np.int64],
+    spared: Callable[[Insert], NDArray[np.int64]],
     placed: Placed,
 ) -> Placed:
     """What is inserted with ``replace``; places are base positions.
@@ -81,7 +81,7 @@ def replaced(
     it is meant to add.
 
     Args:
-        spared: sample ids, ascending.
+        spared: of an insertion, the sample ids, ascending.
         placed: what is inserted already, and keeps its places.
 
     Raises:
@@ -89,7 +89,7 @@ def replaced(
     """
     taken, ids = placed
     for key, op in inserts:
-        places = _free_places(order, key, op, spared, taken)
+        places = _free_places(order, key, op, spared(op), taken)
         # Where they stand comes from the draw, who stands where from the samples' own order.
         ids = np.concatenate([ids, _in_stream_order(key, op)])
         taken = np.concatenate([taken, np.sort(places)])
@@ -105,7 +105,7 @@ def _free_places(
     spared: NDArray[np.int64],
     taken: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    start, end = _positions(order, op)
+    start, end = order.places(op.steps)
     size, missing, seen = end - start, op.count, 0
     found = [np.empty(0, np.int64)]
     while missing and seen < size:
@@ -114,7 +114,7 @@ def _free_places(
         if op.mode == "dispersed":
             # Drawn before the spared ones are left out, so that plans that spare the same samples
             # take the same places.
-            some = permute(some, size, keys=key ^ key_of("places"))
+            some = shuffled(some, size, key=key ^ key_of("places"))
         some = start + some
         free = some[~find(spared, order.at(some))[1] & ~find(taken, some)[1]][:missing]
         found.append(free)
@@ -131,7 +131,3 @@ def _free_places(
 def _in_stream_order(key: np.uint64, op: Insert) -> NDArray[np.int64]:
     ids = np.tile(op.sample_ids, op.copies)
     return ids[keyed_order(key, len(ids))]
-
-
-def _positions(order: BaseOrder, op: Insert) -> tuple[int, int]:
-    return op.steps[0] * order.batch_size, op.steps[1] * order.batch_size

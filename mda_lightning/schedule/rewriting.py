@@ -12,7 +12,7 @@ from mda_lightning.base_order import BaseOrder
 from mda_lightning.interventions.operations import Mask, Operation, Prune, Replace, Steps
 from mda_lightning.interventions.plan import Plan
 from mda_lightning.schedule.placing import find
-from mda_lightning.shuffling import key_of, keyed_numbers, permute
+from mda_lightning.shuffling import key_of, keyed_numbers, permute, shuffled
 
 
 class BaseChanges:
@@ -48,7 +48,7 @@ class BaseChanges:
                 ids[hit] = op.by[place[hit]]
             else:
                 hit = inside
-                offsets = positions[hit] - op.steps[0] * self._order.batch_size
+                offsets = positions[hit] - self._order.places(op.steps)[0]
                 ids[hit] = self._coming_in(key, op, offsets)
             changed |= hit
         return changed
@@ -57,32 +57,30 @@ class BaseChanges:
         """What prunings multiply the weights at base ``positions`` [n] by; float32 [n]."""
         weights = np.ones(len(positions), np.float32)
         for key, op in self._prunings:
-            inside = np.flatnonzero(self._inside(positions, op.steps))
-            if not inside.size:
-                continue
-            start, end = self._window(op.steps)
             # A place is pruned whose image under a permutation of the window is a low number.
-            ranks = permute(positions[inside] - start, end - start, keys=key)
-            weights[inside[ranks < round(op.fraction * (end - start))]] *= op.weight
+            if op.steps is None:
+                passes, places = np.divmod(positions, self._order.n_rows)
+                size, inside = self._order.n_rows, np.arange(len(positions))
+                ranks = permute(places, size, keys=keyed_numbers(key, passes))
+            else:
+                start, end = self._order.places(op.steps)
+                size, inside = end - start, np.flatnonzero(self._inside(positions, op.steps))
+                ranks = shuffled(positions[inside] - start, size, key=key)
+            weights[inside[ranks < round(op.fraction * size)]] *= op.weight
         return weights
 
     def _coming_in(
         self, key: np.uint64, op: Replace, offsets: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         if op.by_steps is not None:
-            start, end = self._window(op.by_steps)
+            start, end = self._order.places(op.by_steps)
             return self._order.at(start + offsets % (end - start))
         assert op.by is not None
         rounds, within = np.divmod(offsets, len(op.by))
         return op.by[permute(within, len(op.by), keys=keyed_numbers(key, rounds))]
 
-    def _window(self, steps: Steps | None) -> tuple[int, int]:
-        size = self._order.batch_size
-        first, last = (0, self._order.n_steps) if steps is None else steps
-        return first * size, last * size
-
-    def _inside(self, positions: NDArray[np.int64], steps: Steps | None) -> NDArray[np.bool_]:
-        start, end = self._window(steps)
+    def _inside(self, positions: NDArray[np.int64], steps: Steps) -> NDArray[np.bool_]:
+        start, end = self._order.places(steps)
         return (positions >= start) & (positions < end)
 
 
@@ -90,7 +88,7 @@ class Masks:
     """A plan's masks, of which an online run may have one for every step."""
 
     def __init__(self, order: BaseOrder) -> None:
-        self._size = order.batch_size
+        self._order = order
         self._masks: list[Mask] = []
         self._windows = np.empty((0, 3), np.int64)  # first and last position, whether of the run
 
@@ -110,14 +108,12 @@ class Masks:
         run_positions: NDArray[np.int64],
         *,
         base: NDArray[np.bool_],
-        by_shift: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         """Weights float32 [n] of samples at these places.
 
         Args:
             ids, base_positions, run_positions: [n].
             base: [n], whether the base order put the sample there.
-            by_shift: [n], whether a shift did.
         """
         weights = np.ones(len(ids), np.float32)
         clocks = (base_positions, run_positions)
@@ -135,6 +131,5 @@ class Masks:
         return weights
 
     def _window(self, mask: Mask) -> tuple[int, int, int]:
-        first, last = (0, 2**62) if mask.steps is None else mask.steps
-        end = last if mask.steps is None else last * self._size
-        return first * self._size, end, int(mask.clock == "run")
+        start, end = (0, 2**62) if mask.steps is None else self._order.places(mask.steps)
+        return start, end, int(mask.clock == "run")

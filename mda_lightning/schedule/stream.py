@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mda_lightning.base_order import BaseOrder
 from mda_lightning.files import sha256_of
-from mda_lightning.interventions.operations import Insert, Mask, Operation, is_online
+from mda_lightning.interventions.operations import Insert, Mask, Operation, is_online, overlap
 from mda_lightning.interventions.plan import Plan
 from mda_lightning.schedule.fitting import check_fits, check_order, check_run_clock
 from mda_lightning.schedule.placing import Placed, find, nothing, replaced, shifted
@@ -60,9 +60,6 @@ class Schedule:
         self.order = order
         self.plan = plan if plan is not None else Plan()
         check_order(order, self.plan)
-        # What is decided later has no say in where the plan's own insertions stand.
-        planned = [op.named_ids for op in self.plan.operations if not is_online(op)]
-        self._spared = np.unique(np.concatenate([self.plan.spared, *planned]))
         self._shifted = self._replaced = nothing()
         self._base_changes = BaseChanges(order, self.plan)
         self._masks = Masks(order)
@@ -139,6 +136,11 @@ class Schedule:
                     "Insert(..., online=True) are"
                 )
             by_run = isinstance(op, Mask) and op.clock == "run"
+            if isinstance(op, Mask) and not by_run and op.occurrences == "all":
+                raise ValueError(
+                    "an online mask of inserted samples too counts in the run's own steps; give "
+                    "clock='run'"
+                )
             first = from_step if by_run else self.base_step_at(from_step)
             if op.steps is None or op.steps[0] < first:
                 raise ValueError(
@@ -156,6 +158,16 @@ class Schedule:
     def content_hash(self) -> str:
         """SHA-256 over the base order, the run's length and the plan."""
         return sha256_of(self.order.content_hash, str(self.order.n_steps), self.plan.content_hash)
+
+    def _spared(self, insert: Insert) -> NDArray[np.int64]:
+        """The samples whose places an insertion leaves alone: those that the plan names in its
+        steps. What is decided later has no say in where the plan's own insertions stand."""
+        named = [insert.sample_ids]
+        for op in self.plan.operations:
+            by_run = isinstance(op, Mask) and op.clock == "run"
+            if not is_online(op) and (by_run or overlap(op.steps, insert.steps)):
+                named.append(op.named_ids)
+        return np.unique(np.concatenate([self.plan.spared, *named]))
 
     # -- computing ----------------------------------------------------------------------------
 
@@ -178,9 +190,7 @@ class Schedule:
         run_positions = first_step * self.order.batch_size + np.arange(len(ids))
         _put(self._shifted, ids, run_positions)
         provenance[by_replacement | by_shift] = INSERTED
-        weights = self._masks.weights(
-            ids, base_positions, run_positions, base=provenance == BASE, by_shift=by_shift
-        )
+        weights = self._masks.weights(ids, base_positions, run_positions, base=provenance == BASE)
         weights[provenance != INSERTED] *= self._base_changes.kept(base_positions)[
             provenance != INSERTED
         ]
