@@ -113,6 +113,22 @@ def test_untouched_steps_are_one_row_on_any_number_of_ranks() -> None:
 
 ORDER = BaseOrder(40, 8, 20, seed=2)
 SCHEDULE = Schedule(ORDER, Plan.mask([3, 4, 5, 30]) | Plan.insert([1, 2, 3], steps=(2, 17)))
+ATTEMPT = {"start_step": 0, "weight_type": "float32", "read_from": {"weight": "batch"}}
+STREAM = {
+    "kind": "stream",
+    "schema_version": 1,
+    "steps": [0, 20],
+    "began_from": None,
+    "attempts": [ATTEMPT],
+    "order": ORDER.describe(),
+    "order_hash": ORDER.content_hash,
+    "corpus": "corpus",
+    "corpus_hash": "0" * 64,
+    "plan_hash": SCHEDULE.plan.content_hash,
+    "given_plan_hash": SCHEDULE.plan.content_hash,
+    "n_steps": len(SCHEDULE),
+    "complete": True,
+}
 
 
 def add(parts: LedgerParts, first: int, last: int) -> None:
@@ -127,9 +143,7 @@ def add(parts: LedgerParts, first: int, last: int) -> None:
 
 
 def opened(folder: Path) -> Ledger:
-    write_json(
-        folder / STREAM_FILE, {"kind": "stream", "schema_version": 1, "order": ORDER.describe()}
-    )
+    write_json(folder / STREAM_FILE, STREAM)
     return Ledger.open(folder)
 
 
@@ -310,8 +324,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     paths[1].write_bytes(b"")
     assert paths[1].name in opened(tmp_path).damaged[0]
 
-    stored = {"kind": "stream", "schema_version": 2, "order": ORDER.describe()}
-    write_json(tmp_path / STREAM_FILE, stored)
+    write_json(tmp_path / STREAM_FILE, STREAM | {"schema_version": 2})
     with pytest.raises(ValueError, match="schema 2"):
         Ledger.open(tmp_path)
     with pytest.raises(FileNotFoundError, match="ledger=True"):

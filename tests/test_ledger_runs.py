@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -167,10 +171,43 @@ def test_a_branch_says_where_it_began(rows: TokenRows, tmp_path: Path) -> None:
     told.write_text(json.dumps(value))
     assert any("were others" in line for line in verify_run(tmp_path / "branch").differences)
 
-    # In the parent's folder a branch goes on with the parent's ledger.
-    fit(Recorder(), stream(rows, tmp_path / "base", PLAN, branch=True), ckpt_path=checkpoint)
-    assert recorded(tmp_path / "base") == expected(data.schedule)
-    verified(tmp_path / "base")
+
+def test_what_another_plan_takes_the_place_of_is_kept(rows: TokenRows, tmp_path: Path) -> None:
+    """A branch in its parent's folder goes on with the parent's ledger; so may the parent again."""
+    run, former = tmp_path / "run", [tmp_path / "run" / f"stream-former-{n}" for n in (1, 2)]
+    others = TokenRows.write(tmp_path / "others", rows.get(range(5)) + 1, provenance={})
+    parent = Plan.insert_rows(others, steps=(0, 4), placement="replace")
+    plan = parent | PLAN
+    base = stream(rows, run, parent)
+    fit(Recorder(), base, every_step(tmp_path))
+    whole = recorded(run)
+
+    branch = stream(rows, run, plan, branch=True)
+    with pytest.warns(UserWarning, match=r"takes the place of its steps 5\.\.8.*folder="):
+        fit(Recorder(), branch, every_step(tmp_path / "branch"), ckpt_path=tmp_path / "step=5.ckpt")
+    assert recorded(run) == expected(branch.schedule)
+    verified(run)
+    assert recorded(former[0]) == whole
+    report = verified(former[0])
+    assert not report.notes, "its source is found from where it is kept"
+
+    with pytest.warns(UserWarning, match=r"takes the place of its steps 0\.\.\d+\."):
+        fit(Recorder(), stream(rows, run, parent), ckpt_path=tmp_path / "step=7.ckpt")
+    assert recorded(run) == whole[7 * BATCH :]
+    verified(run)
+    assert recorded(former[1]) == expected(branch.schedule)
+    verified(former[1])
+
+    # What goes on, or is trained again, under its own plan is kept nowhere.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*takes the place")
+        fit(Recorder(), stream(rows, run, parent), ckpt_path=tmp_path / "step=8.ckpt")
+        fit(Recorder(), stream(rows, run, parent))
+    assert sorted(run.glob("stream-former-*")) == former
+    # Nor is what is kept already: the parent's ledger is again what it was at first.
+    with pytest.warns(UserWarning, match=r"copied to .*stream-former-1\."):
+        fit(Recorder(), stream(rows, run, PLAN))
+    assert sorted(run.glob("stream-former-*")) == former
 
 
 def test_a_run_resumed_in_another_folder(rows: TokenRows, tmp_path: Path) -> None:
@@ -223,6 +260,31 @@ def test_a_batch_that_a_hook_declined_is_not_trained_on(rows: TokenRows, tmp_pat
     assert verified(tmp_path).notes == ["the run ended at step 5 of 9"]
 
 
+def test_a_run_that_goes_on_behind_a_declined_batch(rows: TokenRows, tmp_path: Path) -> None:
+    """The data module counts it as read; it was not trained on, and its step is missing."""
+    trainer = fit(Declining(), stream(rows, tmp_path), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "declined.ckpt")
+    fit(Recorder(), stream(rows, tmp_path), ckpt_path=tmp_path / "declined.ckpt", max_steps=8)
+    assert verify_run(tmp_path).differences[0] == "step 5: not all of their places are there"
+
+
+def test_a_run_that_leaves_the_order_of_its_batches_ends_its_ledger(
+    rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here in a second Lightning epoch, whose batches are numbered from 0; it is refused else."""
+    refusing = "mda_lightning.datamodules.resume.ResumeAtStep.on_train_epoch_start"
+    monkeypatch.setattr(refusing, lambda *args: None)
+    module = Declining()
+    with pytest.warns(UserWarning, match="micro-batch 0 came where 6 was due") as caught:
+        fit(module, stream(rows, tmp_path))
+    assert sum("ledger" in str(warning.message) for warning in caught) == 1
+    assert len(module.seen) == STEPS * BATCH
+    assert recorded(tmp_path) == module.seen[: 5 * BATCH]
+    assert not Ledger.open(tmp_path).provenance["complete"]
+    (difference,) = verify_run(tmp_path).differences
+    assert difference.startswith("from step 5 on nothing was written down: micro-batch 0 came")
+
+
 class Copying(Callback):
     """Copy the run's folder before a step: what a process killed there leaves behind."""
 
@@ -253,6 +315,110 @@ def test_a_killed_run_goes_on(
     assert not verified(killed).notes
 
 
+class Killed(BaseException):
+    """The process is gone: nothing after it runs."""
+
+
+def count_down(patch: pytest.MonkeyPatch, left: int) -> None:
+    """Kill at the change of a file after ``left`` of them."""
+
+    def counted(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*args: Any, **more: Any) -> None:
+            nonlocal left
+            if not left:
+                raise Killed
+            left -= 1
+            change(*args, **more)
+
+        return changed
+
+    for name in ("replace", "unlink"):
+        patch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("how", ["steered", "resumed", "steered again", "branched", "new"])
+def test_killed_between_any_two_changes_of_the_folder(
+    rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What is left passes, or is no ledger yet; and the run goes on from its checkpoint."""
+    monkeypatch.setattr("mda_lightning.datamodules.ledger_writer._FLUSH_EVERY", 2)
+    monkeypatch.setattr("mda_lightning.datamodules.ledger_writer._SECONDS", 0)
+    monkeypatch.setattr("mda_lightning.datamodules.ledger_writer._PLAN_SHARE", 0)
+    first = tmp_path / "first"
+    steering = [Steering(2, 5)] if how.startswith("steered") else []
+    fit(Recorder(), stream(rows, first), every_step(tmp_path), *steering)
+    checkpoint = None if how in ("steered", "new") else tmp_path / "step=4.ckpt"
+    plan = {"branched": Plan.prune(0.5, (4, 9)), "new": PLAN}.get(how)
+    steering = [Steering(2, 5, 7)] if how.startswith("steered") else []
+    for allowed in itertools.count():
+        run = tmp_path / str(allowed)
+        if how != "steered":
+            shutil.copytree(first / "stream", run / "stream")
+        finished = False
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            count_down(patch, allowed)
+            data = stream(rows, run, plan, branch=True)
+            fit(Recorder(), data, *steering, ckpt_path=checkpoint)
+            finished = True
+        if (run / "stream" / "stream.json").exists():
+            verified(run)
+        else:
+            assert how in ("steered", "new")
+        if finished:
+            assert recorded(run) == expected(data.schedule)
+            break
+        again = stream(rows, run, plan, branch=True)
+        fit(Recorder(), again, ckpt_path=checkpoint)
+        assert recorded(run) == expected(again.schedule)
+        verified(run)
+    assert allowed > 6, "the writing was never interrupted"
+
+
+def test_a_plan_of_many_decisions_is_saved_ever_less_often(
+    rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a process killed in between leaves behind passes."""
+    now, saved, save = 0.0, [], Plan.save
+
+    def slow(plan: Plan, path: Path) -> Path:
+        nonlocal now
+        now += 1.0  # s
+        saved.append(len(plan.operations))
+        return save(plan, path)
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.1
+        return now
+
+    monkeypatch.setattr(Plan, "save", slow)
+    writer = "mda_lightning.datamodules.ledger_writer"
+    monkeypatch.setattr(f"{writer}.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(f"{writer}._FLUSH_EVERY", 1)
+    monkeypatch.setattr(f"{writer}._SECONDS", 0)
+    n_steps = 300
+    module, data = Recorder(), stream(rows, tmp_path / "run", n_steps=n_steps)
+    copying = Copying(150, tmp_path / "run", tmp_path / "killed")
+    fit(module, data, Steering(*range(1, n_steps)), copying)
+    assert saved[0] in (0, 1) and saved[-1] == n_steps - 1
+    # The clock makes fewer than 300 x 4 x 0.1 s besides; a save of 1.1 s is 2% of 55 s.
+    assert 3 <= len(saved) <= 5
+    assert recorded(tmp_path / "run") == module.seen
+    killed = verified(tmp_path / "killed")
+    assert 0 < len(recorded(tmp_path / "killed")) < 150 * BATCH
+    assert "the run has not come to its end" in killed.notes[0]
+
+    # A checkpoint has its decisions, so the plan beside it must too.
+    saved.clear()
+    on_exception = OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        steering = Steering(*range(1, 9))
+        fit(Recorder(fail_at=7), stream(rows, tmp_path / "failed"), steering, on_exception)
+    assert saved[-1] == 7
+    assert len(recorded(tmp_path / "failed")) == 7 * BATCH
+    verified(tmp_path / "failed")
+
+
 def test_weights_at_low_precision(rows: TokenRows, tmp_path: Path) -> None:
     """Lightning rounds what a batch holds; the ledger has the rounded weight, and says so."""
     plan = Plan.mask([1, 2, 3], weight=0.3)
@@ -274,25 +440,26 @@ def test_a_new_run_replaces_an_earlier_one(rows: TokenRows, tmp_path: Path) -> N
 
 
 class Steering(Callback):
-    """Masks and inserts while the run goes on; gives the batch at hand its new weights."""
+    """Masks two samples of the next step while the run goes on, at the end of some steps."""
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
         step = trainer.global_step
         data: TokenDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        if step == 3:
-            ids = batch["sample_id"][:2].numpy()
-            mask = Mask(ids, (3, 4), clock="run", online=True)
-            data.steer([mask], from_step=3)
-            batch["weight"] = torch.from_numpy(data.schedule.batch(3).weights.copy())
+        if step in self.steps:
+            ids = data.schedule.batch(step).sample_ids[:2]
+            data.steer([Mask(ids, (step, step + 1), clock="run", online=True)], from_step=step)
 
 
 def test_what_is_decided_during_the_run_is_in_plan_and_ledger(
     rows: TokenRows, tmp_path: Path
 ) -> None:
     module = Recorder()
-    fit(module, stream(rows, tmp_path, PLAN), Steering())
+    fit(module, stream(rows, tmp_path, PLAN), Steering(3))
     assert recorded(tmp_path) == module.seen
     assert [row[2] for row in module.seen if row[0] == 3].count(0.0) == 2
     report = verified(tmp_path)
@@ -335,6 +502,42 @@ def test_batches_whose_fields_are_taken_out_or_absent(rows: TokenRows, tmp_path:
     assert [note.split(" for ")[0] for note in verified(tmp_path / "tokens").notes] == [
         f"the batches had no {name}" for name in ("provenance", "sample_id", "weight")
     ]
+
+
+class Changing(Callback):
+    """Gives a batch other weights, in place and not, before it is trained on."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 2:
+            batch["weight"][1] = 0.25
+        if batch_idx == 3:
+            batch["weight"] = torch.full((BATCH,), 0.75)
+
+
+class Spoiling(Recorder):
+    """A training step that spoils its weights when it has used them."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        batch["weight"].mul_(2)
+        batch["sample_id"] = batch["sample_id"] + 1
+        return loss
+
+
+def test_what_a_batch_had_just_before_its_step_is_recorded(rows: TokenRows, tmp_path: Path) -> None:
+    """A callback's change is in the ledger, also of one that comes later; a step's own is not."""
+    spoiling = Spoiling()
+    fit(spoiling, stream(rows, tmp_path / "spoiled", PLAN))
+    assert recorded(tmp_path / "spoiled") == spoiling.seen
+    verified(tmp_path / "spoiled")
+
+    spoiling = Spoiling()
+    fit(spoiling, stream(rows, tmp_path / "changed", PLAN), every_step(tmp_path), Changing())
+    assert recorded(tmp_path / "changed") == spoiling.seen
+    differences = verify_run(tmp_path / "changed").differences
+    assert {difference.split(",")[0] for difference in differences} == {"step 2", "step 3"}
 
 
 class Reweighting(Recorder):
@@ -452,6 +655,25 @@ def test_samples_of_another_corpus(rows: TokenRows, tmp_path: Path) -> None:
     TokenRows.write(tmp_path / "others", rows.get(range(5)), provenance={})
     (difference,) = verify_run(tmp_path / "run").differences
     assert difference.startswith("the source 'others' at")
+
+
+def test_another_corpus_in_the_record_is_named(rows: TokenRows, tmp_path: Path) -> None:
+    """Though a corpus with that hash lies there."""
+    plan = PLAN.bound(corpus_hash=rows.content_hash)
+    told = tmp_path / "run" / "stream" / "stream.json"
+
+    def differences(plan: Plan, others: TokenRows) -> list[str]:
+        fit(Recorder(), stream(rows, tmp_path / "run", plan))
+        other = {"corpus": str(others.folder), "corpus_hash": others.content_hash}
+        told.write_text(json.dumps(json.loads(told.read_text()) | other))
+        return verify_run(tmp_path / "run").differences
+
+    others = TokenRows.write(tmp_path / "o", rows.get(range(24)) + 1, provenance={})
+    (difference,) = differences(plan, others)
+    assert difference.startswith("the corpus that the plan was made for is")
+    fewer = TokenRows.write(tmp_path / "f", rows.get(range(23)), provenance={})
+    (difference,) = differences(PLAN, fewer)
+    assert "has 23 rows, the base order is one of 24" in difference
 
 
 def test_a_changed_or_missing_corpus_is_named(tmp_path: Path) -> None:

@@ -137,6 +137,73 @@ def test_places_that_are_there_twice_or_before_the_beginning(tmp_path: Path) -> 
     assert difference == "steps 0..5: in the ledger, and the run began at step 2"
 
 
+def test_steps_beyond_the_run_are_named(tmp_path: Path) -> None:
+    run_of_two_ranks(tmp_path, 6)
+    longer = Schedule(BaseOrder(40, 4, 9), Plan.mask([3]))
+    shares = [Share(2, 0, 2), Share(2, 1, 2)]
+    train(tmp_path, longer, whole(longer), shares, 6, 9)
+    assert verify_run(tmp_path).differences == [
+        "steps 6..8: in the ledger, and the plan's last step is 5"
+    ]
+    path = tmp_path / STREAM_FOLDER / STREAM_FILE
+    told = read_json(path)
+    write_json(path, told | {"complete": False})
+    assert not verify_run(tmp_path).ok
+
+    run_of_two_ranks(tmp_path / "short", 6, steps=[0, 4])
+    assert verify_run(tmp_path / "short").differences == [
+        "steps 4..5: in the ledger, and the run ended before step 4"
+    ]
+    # A killed run may have written more than it had told.
+    run_of_two_ranks(tmp_path / "killed", 6, steps=[0, 4], complete=False)
+    assert verify_run(tmp_path / "killed").ok
+
+
+DAMAGE: dict[str, Any] = {
+    "schema_version": [None, "1", -1, True],
+    "steps": [None, [0], [0, "6"], [5, 2], {"0": 6}],
+    "began_from": ["a checkpoint", {"step": 3}],
+    "attempts": [
+        None,
+        {},
+        [None],
+        [{"start_step": 0}],
+        [{"start_step": 0, "weight_type": "nonsense", "read_from": {}}],
+        [{"start_step": 0, "weight_type": "load", "read_from": {}}],
+        [{"start_step": 0, "weight_type": "float32", "read_from": None}],
+        [{"start_step": None, "weight_type": "float32", "read_from": {}}],
+    ],
+    "order": [None, {}, {"n_rows": "40", "batch_size": 4, "n_steps": 6}, {"n_rows": 40, "x": 1}],
+    "corpus": [None, 3],
+    "corpus_hash": [None],
+    "order_hash": [None],
+    "plan_hash": [None, 1],
+    "given_plan_hash": [None],
+    "n_steps": [None, "6", 6.5],
+    "complete": [None, 1],
+    "announced": [None, [{}], ["plan"], [3]],
+}
+
+
+@pytest.mark.parametrize("key", DAMAGE)
+def test_a_damaged_record_is_refused(tmp_path: Path, key: str) -> None:
+    run_of_two_ranks(tmp_path, 6)
+    path = tmp_path / STREAM_FOLDER / STREAM_FILE
+    told = read_json(path)
+    for value in DAMAGE[key]:
+        write_json(path, told | {key: value})
+        with pytest.raises(ValueError, match=f"{STREAM_FILE}.*edited or damaged"):
+            verify_run(tmp_path)
+    if key in told:
+        del told[key]
+        write_json(path, told)
+        with pytest.raises(ValueError, match=f"{STREAM_FILE} lacks {key}; it was edited"):
+            verify_run(tmp_path)
+    path.write_text("[1, 2")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        verify_run(tmp_path)
+
+
 def test_another_order_is_named(tmp_path: Path) -> None:
     run_of_two_ranks(tmp_path, 6)
     path = tmp_path / STREAM_FOLDER / STREAM_FILE

@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from numpy.typing import NDArray
 
-from mda_lightning import __version__
 from mda_lightning.corpora import TokenRows
 from mda_lightning.datamodules.resume import StreamPosition
 from mda_lightning.files import write_json
@@ -24,30 +22,22 @@ from mda_lightning.pretraining.run_folder import run_folder
 from mda_lightning.schedule import Schedule
 from mda_lightning.schedule.ledger import (
     LEDGER_FOLDER,
-    PLAN_FILE,
     SCHEMA_VERSION,
     STREAM_FILE,
     STREAM_FOLDER,
+    WEIGHT_TYPES,
     read_stream,
 )
+from mda_lightning.schedule.ledger_folder import Beginning, keep_aside, new_attempt, save_plan
 from mda_lightning.schedule.ledger_parts import LedgerParts
 from mda_lightning.schedule.ledger_rows import Share
 
 FIELDS = ("sample_id", "weight", "provenance")
-# Of the stream.json of a run that is gone on with.
-_CARRIED_ON = (
-    "steps",
-    "began_from",
-    "attempts",
-    "corpus_hash",
-    "order_hash",
-    "plan_hash",
-    "given_plan_hash",
-)
 # A killed run loses no more than since its last checkpoint anyway.
 _FLUSH_EVERY = 100  # steps, and
 _SECONDS = 10.0  # since the last time
 _MOST_HELD = 2**20  # places, on the device
+_PLAN_SHARE = 50  # of the time since a plan of many decisions was saved, at most one part saves it
 
 
 class StreamOwner(Protocol):
@@ -62,9 +52,12 @@ class StreamOwner(Protocol):
 class LedgerWriter(Callback):
     """Write down the sample id, weight and provenance of every place of every step trained on.
 
-    They are read from the batch that the training step was given, stay on its device, and are moved
-    to disk now and then (after at least 100 steps and 10 seconds), whenever a checkpoint is saved
-    and at the end. A step counts once it has been trained. Every rank writes its own. In
+    They are read from the batch when all callbacks have had their ``on_train_batch_start``: what
+    these changed in it is in the ledger, what the module's own ``on_train_batch_start`` and its
+    training step make of it afterwards is not. They stay on the batch's device and are moved to
+    disk now and then (after at least 100 steps and 10 seconds), whenever a checkpoint is saved and
+    at the end. A step counts once it has been trained; one whose batch a hook declined by returning
+    -1 was not, and is missing where the run goes on behind it. Every rank writes its own. In
     ``stream/`` in the run's folder:
 
     ======================  ======================================================================
@@ -73,8 +66,14 @@ class LedgerWriter(Callback):
     ``stream.json``         corpus, order, steps, attempts, and the checkpoint that it began from
     ======================  ======================================================================
 
-    A run from step 0 replaces what an earlier one left there; a resumed one goes on with it. Where
-    nothing can be written, a warning says so once and training goes on.
+    Places never reach the disk before the plan that they follow. Where decisions are so many that
+    their plan takes long to save, both wait between checkpoints until that took no more than 2% of
+    the time.
+
+    A run from step 0 replaces what an earlier one left there; a resumed one goes on with it. Steps
+    of a run with another plan are not lost by that: they are first copied to
+    ``stream-former-<n>/``, with a warning. Where nothing can be written, a warning says so once and
+    training goes on.
 
     Args:
         data: whose batches they are; it adds this callback to the Trainer.
@@ -87,16 +86,29 @@ class LedgerWriter(Callback):
         self._wanted = folder
         self._parent: dict[str, Any] | None = None  # the checkpoint's position
         self._former: dict[str, Any] | None = None  # what stream.json said before this fit
+        self._beginning = Beginning(0, None, "", "")
+        self._due: int | None = None  # the number of the next micro-batch
+        self._last: int | None = None  # the step after those that were written
+        self._stopped = ""  # why nothing more is written down
         self._parts: LedgerParts | None = None
         self._share = Share()
         self._stream: dict[str, Any] = {}
         self._saved_plan: Any = None
-        self._now: tuple[int, Any, dict[str, torch.Tensor]] | None = None
+        self._plan_due = 0.0  # when it may be saved again
+        self._now: tuple[int, dict[str, torch.Tensor]] | None = None
         self._held: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._flushed = time.monotonic()
         self._warned = False
 
     # -- Lightning ----------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Come after the callbacks that may change a batch, and before those that save it."""
+        ours: Any = trainer  # `callbacks` is set on it outside its declaration
+        others = [callback for callback in ours.callbacks if callback is not self]
+        saving = (n for n, callback in enumerate(others) if isinstance(callback, Checkpoint))
+        at = next(saving, len(others))
+        ours.callbacks = [*others[:at], self, *others[at:]]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -107,7 +119,15 @@ class LedgerWriter(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.folder = run_folder(trainer, self._wanted) / STREAM_FOLDER
-        self._former = trainer.strategy.broadcast(_former(self.folder))
+        data, kept = self._data, True
+        hashes = data.schedule.order.content_hash, data.rows.content_hash
+        self._beginning = Beginning(data._position.start_step, self._parent, *hashes)
+        if trainer.is_global_zero:
+            self._former = _former(self.folder)
+            kept = self._attempt(self._keep_aside)
+        self._former, kept = trainer.strategy.broadcast((self._former, kept))
+        if not kept:
+            self.folder, self._warned = None, True
         n_ranks = trainer.world_size
         size = self._data.schedule.order.batch_size // (self._accumulate * n_ranks)
         self._share = Share(size, trainer.global_rank, n_ranks)
@@ -115,8 +135,13 @@ class LedgerWriter(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.folder is not None:
-            self._now = batch_idx, batch, _fields_of(batch)
+        if self.folder is None or self._stopped:
+            return
+        due = self._data._position.start if self._due is None else self._due
+        if batch_idx != due:
+            self._stop(trainer, f"micro-batch {batch_idx} came where {due} was due")
+            return
+        self._now, self._due = (batch_idx, _fields_of(batch)), batch_idx + 1
 
     def on_train_batch_end(
         self,
@@ -133,7 +158,7 @@ class LedgerWriter(Callback):
             # Not before: what is refused until here leaves an earlier run's ledger alone.
             self._attempt(lambda: self._begin(trainer))
         if self._is_due():
-            self._flush(trainer)
+            self._flush(trainer, wait=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._now = None  # a batch that a hook declined by returning -1
@@ -150,7 +175,7 @@ class LedgerWriter(Callback):
         if self._parts is not None:
             self._attempt(self._parts.merge)
         trainer.strategy.barrier()  # complete is what all ranks have written
-        if whole:
+        if whole and not self._stopped:
             self._attempt(lambda: self._describe(trainer, complete=True))
 
     def on_exception(
@@ -172,78 +197,82 @@ class LedgerWriter(Callback):
         return late or len(self._held) * self._share.size >= _MOST_HELD
 
     def _end_micro_batch(self) -> None:
-        """Keep what the training step was given.
-
-        Read again at the end, since callbacks that act later may have set other weights before the
-        step; kept from the start too, since a training step may take fields out of its batch.
-        """
         assert self._now is not None
-        number, batch, fields = self._now
+        self._held.append(self._now)
         self._now = None
-        fields |= _fields_of(batch)
-        kept = {name: field.detach().clone() for name, field in fields.items()}
-        self._held.append((number, kept))
 
-    def _flush(self, trainer: pl.Trainer) -> bool:
-        """Write the steps that have been trained; returns whether all of them now are."""
+    def _stop(self, trainer: pl.Trainer, why: str) -> None:
+        """Write down nothing more: which step a batch belongs to is not known any longer."""
+        self._stopped = why
+        warnings.warn(
+            f"the ledger of what is trained on ends here: {why}, so the batches are not those of "
+            f"the schedule any more; training goes on. {self.folder} says so. Train the schedule "
+            "in one Lightning epoch",
+            stacklevel=2,
+        )
+        self._flush(trainer)
+
+    def _flush(self, trainer: pl.Trainer, *, wait: bool = False) -> bool:
+        """Write the steps that have been trained; returns whether all of them now are.
+
+        Args:
+            wait: leave them in memory while the plan that they follow is not to be saved yet.
+        """
         self._flushed = time.monotonic()
         if self.folder is None:
             return False
         if self._now is not None:
             # Within the last hooks of a step, where a checkpoint already counts it.
-            number, *_ = self._now
             consumed = self._data._position.consumed_steps(trainer)
-            if consumed * self._accumulate > number:
+            if consumed * self._accumulate > self._now[0]:
                 self._end_micro_batch()
-        if self._parts is None and self._held:
+        if self._parts is None and (self._held or self._stopped):
             self._attempt(lambda: self._begin(trainer))
-        return self._parts is not None and self._attempt(lambda: self._write(trainer))
+        return self._parts is not None and self._attempt(lambda: self._write(trainer, wait))
+
+    def _keep_aside(self) -> None:
+        """Copy a ledger of which steps of another plan are about to be dropped."""
+        assert self.folder is not None
+        plan, former = self._data.plan, self._former
+        dropped = former and self._beginning.drops(former, plan.content_hash)
+        if not former or not dropped:
+            return
+        aside = keep_aside(self.folder)
+        warnings.warn(
+            f"{self.folder} has the ledger of a run with plan {former['given_plan_hash'][:12]}; "
+            f"this run has plan {plan.content_hash[:12]} ({plan.name!r}) and takes the place of "
+            f"its steps {dropped[0]}..{dropped[-1]}. The former ledger was copied to {aside}. Give "
+            "each run a folder of its own: TokenDataModule(folder=...)",
+            stacklevel=2,
+        )
 
     def _begin(self, trainer: pl.Trainer) -> None:
         assert self.folder is not None
-        data, former, start = self._data, self._former, self._data._position.start_step
-        parts = LedgerParts(self.folder / LEDGER_FOLDER, data.schedule.order, self._share)
-        parent = None
-        if start and self._parent is not None:
-            parent = {key: self._parent[key] for key in ("step", "plan_hash", "stream_hash")}
-        if (
-            former is None
-            or parent is None
-            or former["order_hash"] != data.schedule.order.content_hash
-            or former["corpus_hash"] != data.rows.content_hash
-            or former["steps"][0] > start
-            or parent["plan_hash"] not in (former["plan_hash"], former["given_plan_hash"])
-        ):
-            former = {"steps": [start, start], "began_from": parent, "attempts": []}
+        told, beginning, former = self.folder / STREAM_FILE, self._beginning, self._former
+        start, came_from = beginning.step, beginning.checkpoint
+        parts = LedgerParts(self.folder / LEDGER_FOLDER, self._data.schedule.order, self._share)
+        # What is discarded is not promised any more, if the process is killed before the rest.
+        if former is None or not beginning.goes_on_with(former):
+            if trainer.is_global_zero:
+                told.unlink(missing_ok=True)
             parts.discard_from(0)
-        parts.discard_from(start)
-        self._stream = {
-            "kind": "stream",
-            "schema_version": SCHEMA_VERSION,
+            former = {"kind": "stream", "schema_version": SCHEMA_VERSION}
+            former |= {"steps": [start, start], "began_from": came_from, "attempts": []}
+        else:
+            first, last = former["steps"]
+            former = former | {"steps": [first, min(last, start)], "complete": False}
+            if trainer.is_global_zero:
+                write_json(told, former)
+            parts.discard_from(start)
+        attempt = new_attempt(start, came_from, self._share, self._accumulate, FIELDS)
+        self._stream = former | {
             "steps": [former["steps"][0], start],
-            "began_from": former["began_from"],
-            "attempts": list(former["attempts"]),
+            "attempts": [*former["attempts"], attempt],
         }
-        self._stream["attempts"].append(
-            {
-                "start_step": start,
-                "from": parent,
-                "world_size": self._share.world_size,
-                "accumulate": self._accumulate,
-                "micro_batch": self._share.size,
-                "read_from": dict.fromkeys(FIELDS, "batch"),
-                "weight_type": "float32",
-                "versions": {
-                    "mda_lightning": __version__,
-                    "torch": torch.__version__,
-                    "lightning": version("lightning"),
-                },
-            }
-        )
         self._describe(trainer, complete=False)
         self._parts = parts
 
-    def _write(self, trainer: pl.Trainer) -> None:
+    def _write(self, trainer: pl.Trainer, wait: bool) -> None:
         assert self._parts is not None
         accumulate, share, schedule = self._accumulate, self._share, self._data.schedule
         n_steps = len(self._held) // accumulate
@@ -257,8 +286,16 @@ class LedgerWriter(Callback):
             columns = self._columns([fields for _, fields in held], schedule, first, last, mine)
             self._parts.add(first, schedule.base_positions(first, last)[mine], *columns)
             del self._held[: len(held)]
-            self._stream["steps"][1] = last
+            self._last = last
+        if self._stopped:
+            self._stream["attempts"][-1]["stopped"] = self._stopped
+        if trainer.is_global_zero and self._saved_plan is not schedule.plan:
+            if wait and time.monotonic() < self._plan_due:
+                return
+            self._save_plan()
         self._parts.flush()
+        if self._last is not None:
+            self._stream["steps"][1] = self._last
         self._describe(trainer, complete=False)
 
     def _columns(
@@ -277,7 +314,10 @@ class LedgerWriter(Callback):
             if len(found) == len(held) and all(len(f) == self._share.size for f in found):
                 together = torch.cat(found).cpu()
                 if name == "weight":
-                    attempt["weight_type"] = str(together.dtype).removeprefix("torch.")
+                    weight_type = str(together.dtype).removeprefix("torch.")
+                    attempt["weight_type"] = (
+                        weight_type if weight_type in WEIGHT_TYPES else "float32"
+                    )
                     together = together.float()
                 columns.append(together.numpy().astype(type_, copy=False))
             else:
@@ -290,24 +330,27 @@ class LedgerWriter(Callback):
     # -- files ----------------------------------------------------------------------------------
 
     def _describe(self, trainer: pl.Trainer, *, complete: bool) -> None:
-        """Write ``plan.json`` and ``stream.json`` where they have changed; by rank 0."""
+        """Write ``stream.json``, and ``plan.json`` where it has changed; by rank 0."""
         if not trainer.is_global_zero or self.folder is None:
             return
-        data, schedule = self._data, self._data.schedule
-        if self._saved_plan is not schedule.plan:
-            schedule.plan.save(self.folder / PLAN_FILE)
-            self._stream |= {
-                "order": schedule.order.describe(),
-                "order_hash": schedule.order.content_hash,
-                "corpus": str(data.rows.folder.resolve()),
-                "corpus_hash": data.rows.content_hash,
-                "plan_hash": schedule.plan.content_hash,
-                "given_plan_hash": data.plan.content_hash,
-                "n_steps": len(schedule),
-                "added_steps": len(schedule) - schedule.order.n_steps,
-            }
-            self._saved_plan = schedule.plan
+        if self._saved_plan is not self._data.schedule.plan:
+            self._save_plan()
         write_json(self.folder / STREAM_FILE, self._stream | {"complete": complete})
+
+    def _save_plan(self) -> None:
+        assert self.folder is not None
+        data, began = self._data, time.monotonic()
+        self._stream = save_plan(
+            self.folder,
+            self._stream,
+            data.schedule,
+            data.plan,
+            corpus=data.rows.folder,
+            corpus_hash=data.rows.content_hash,
+        )
+        self._saved_plan = data.schedule.plan
+        ended = time.monotonic()
+        self._plan_due = ended + _PLAN_SHARE * (ended - began)
 
     def _attempt(self, write: Callable[[], None]) -> bool:
         """Write, and go on training where that fails."""
@@ -329,10 +372,11 @@ class LedgerWriter(Callback):
 
 
 def _fields_of(batch: Any) -> dict[str, torch.Tensor]:
+    """Copies: a training step may change its batch, or take fields out of it."""
     if not isinstance(batch, Mapping):
         return {}
     return {
-        name: batch[name]
+        name: batch[name].detach().clone()
         for name in FIELDS
         if name in batch and isinstance(batch[name], torch.Tensor)
     }
@@ -341,7 +385,6 @@ def _fields_of(batch: Any) -> dict[str, torch.Tensor]:
 def _former(folder: Path) -> dict[str, Any] | None:
     """What an earlier run's ``stream.json`` says; None where there is none to go on with."""
     try:
-        stored = read_stream(folder / STREAM_FILE)
-        return {key: stored[key] for key in _CARRIED_ON}
-    except (OSError, ValueError, KeyError):
+        return read_stream(folder / STREAM_FILE)
+    except (OSError, ValueError):
         return None

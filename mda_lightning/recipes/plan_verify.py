@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mda_lightning.base_order import BaseOrder
 from mda_lightning.corpora import TokenRows
 from mda_lightning.interventions import Plan
 from mda_lightning.schedule import BASE, INSERTED, REPLACED, Schedule, ScheduledBatch, StreamDigest
@@ -20,19 +21,6 @@ from mda_lightning.schedule.ledger_rows import Places
 
 _MOST_SHOWN = 5
 _MOST_REREAD = 2 * 2**30  # bytes of a corpus whose hash is computed again
-
-_NEEDED = (
-    "steps",
-    "complete",
-    "n_steps",
-    "attempts",
-    "began_from",
-    "corpus",
-    "corpus_hash",
-    "order_hash",
-    "plan_hash",
-    "given_plan_hash",
-)
 
 Progress = Callable[[int, int], None]
 """Called with the steps that are done and all steps."""
@@ -84,10 +72,6 @@ def verify_run(
         ValueError: ``stream.json`` is damaged or of a newer schema.
     """
     ledger = Ledger.open(folder)
-    if missing := [key for key in _NEEDED if key not in ledger.provenance]:
-        raise ValueError(
-            f"{ledger.folder / STREAM_FILE} lacks {', '.join(missing)}; it was edited or damaged"
-        )
     report = VerifyReport()
     report.differences += ledger.damaged
     schedule = _schedule(ledger, report)
@@ -95,6 +79,7 @@ def verify_run(
         _check_corpora(ledger, schedule.plan, None if corpus is None else Path(corpus), report)
     covered = _covered(ledger, report)
     if schedule is not None:
+        _check_end(ledger, len(schedule), report)
         _Comparison(ledger, schedule, report, progress or (lambda done, total: None)).run(covered)
     return report
 
@@ -107,15 +92,21 @@ def _schedule(ledger: Ledger, report: VerifyReport) -> Schedule | None:
     stored = ledger.provenance
     try:
         plan = Plan.load(ledger.folder / PLAN_FILE)
-        schedule = Schedule(ledger.order, plan)
+        # Killed between the writing of the two files, a run leaves a plan that it announced.
+        announced = stored.get("announced", [])
+        fitting = [one for one in announced if one["plan_hash"] == plan.content_hash]
+        stored = stored if stored["plan_hash"] == plan.content_hash else [stored, *fitting][-1]
+        order = BaseOrder(**stored["order"])
+        schedule = Schedule(order, plan)
     except (OSError, ValueError) as error:
         report.differences.append(f"{PLAN_FILE}: {error}")
         return None
     for what, recorded, now in (
         ("the plan", stored["plan_hash"], plan.content_hash),
-        ("the base order", stored["order_hash"], ledger.order.content_hash),
+        ("the base order", stored["order_hash"], order.content_hash),
+        ("the corpus that the plan was made for", stored["corpus_hash"], plan.corpus_hash),
     ):
-        if recorded != now:
+        if now not in (recorded, None):
             report.differences.append(
                 f"{what} is {now[:12]}, the run recorded {recorded[:12]} in {STREAM_FILE}"
             )
@@ -135,14 +126,17 @@ def _schedule(ledger: Ledger, report: VerifyReport) -> Schedule | None:
 
 def _check_corpora(ledger: Ledger, plan: Plan, given: Path | None, report: VerifyReport) -> None:
     stored = ledger.provenance
-    _check_corpus("corpus", given or Path(stored["corpus"]), stored["corpus_hash"], report)
+    base = given or Path(stored["corpus"])
+    _check_corpus("corpus", base, stored["corpus_hash"], report, n_rows=ledger.order.n_rows)
     for source in plan.sources:
         if source.path is not None:
             name = f"source {source.name!r}"
             _check_corpus(name, Path(source.path), source.content_hash, report)
 
 
-def _check_corpus(what: str, folder: Path, wanted: str, report: VerifyReport) -> None:
+def _check_corpus(
+    what: str, folder: Path, wanted: str, report: VerifyReport, n_rows: int | None = None
+) -> None:
     try:
         rows = TokenRows.open(folder)
     except FileNotFoundError:
@@ -159,6 +153,11 @@ def _check_corpus(what: str, folder: Path, wanted: str, report: VerifyReport) ->
     if found != wanted:
         report.differences.append(
             f"the {what} at {folder} is {found[:12]}, the run was trained on {wanted[:12]}"
+        )
+        return
+    if n_rows not in (None, len(rows)):
+        report.differences.append(
+            f"the {what} at {folder} has {len(rows):,} rows, the base order is one of {n_rows:,}"
         )
         return
     report.verified.append(f"{what} {folder} is the one trained on, {wanted[:12]}")
@@ -202,6 +201,27 @@ def _covered(ledger: Ledger, report: VerifyReport) -> list[tuple[int, int]]:
             f"the batches had no {name} for the ledger to read: what the schedule says is recorded"
         )
     return whole
+
+
+def _check_end(ledger: Ledger, n_steps: int, report: VerifyReport) -> None:
+    """That the ledger has no more steps than the run, or than it says of itself."""
+    stored = ledger.provenance
+    (_, last), complete = stored["steps"], stored["complete"]
+    for span in ledger.spans:
+        # A rank alone may have got ahead of what a killed run had told.
+        if span.last > n_steps and (span.whole or complete):
+            report.differences.append(
+                f"{_steps(max(span.first, n_steps), span.last)}: in the ledger, and the plan's "
+                f"last step is {n_steps - 1}"
+            )
+        elif complete and span.last > last:
+            report.differences.append(
+                f"{_steps(max(span.first, last), span.last)}: in the ledger, and the run ended "
+                f"before step {last}"
+            )
+    stopped = stored["attempts"][-1].get("stopped") if stored["attempts"] else None
+    if stopped:
+        report.differences.append(f"from step {last} on nothing was written down: {stopped}")
 
 
 def _report_gap(ledger: Ledger, first: int, last: int, report: VerifyReport) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ STREAM_FILE = "stream.json"
 PLAN_FILE = "plan.json"
 LEDGER_FOLDER = "ledger"
 SCHEMA_VERSION = 1
+WEIGHT_TYPES = ("float32", "bfloat16", "float16", "float64")
+"""Types in which a batch may hold its weights."""
 _PLACES_AT_ONCE = 2**20
 
 
@@ -61,13 +63,7 @@ class Ledger:
     def __init__(self, folder: Path, stored: Mapping[str, Any]) -> None:
         self.folder = folder
         self.provenance: dict[str, Any] = dict(stored)
-        try:
-            self.order = BaseOrder(**stored["order"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder / STREAM_FILE} lacks a part of the base order ({error}); it was edited "
-                "or damaged"
-            ) from error
+        self.order = BaseOrder(**stored["order"])
         self._parts: list[PartReader] = []
         damaged: list[str] = []
         for part in parts_of(folder / LEDGER_FOLDER):
@@ -201,18 +197,107 @@ class Ledger:
                 yield Span(first, last, tuple(ranks), tuple(worlds))
 
 
+# -- stream.json ----------------------------------------------------------------------------------
+
+
 def read_stream(path: Path) -> dict[str, Any]:
-    """``stream.json``.
+    """``stream.json``, all keys that are documented there and of the right types.
 
     Raises:
+        FileNotFoundError: none there.
         ValueError: damaged, of another kind, or of a newer schema.
     """
     stored: Any = read_json(path)
     if not isinstance(stored, dict) or stored.get("kind") != "stream":
         raise ValueError(f"{path} does not describe a training stream")
-    if stored["schema_version"] > SCHEMA_VERSION:
+    schema: Any = stored.get("schema_version")
+    if _is_count(schema) and schema > SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has stream schema {stored['schema_version']}, this version reads up to "
-            f"{SCHEMA_VERSION}; update mda-lightning"
+            f"{path} has stream schema {schema}, this version reads up to {SCHEMA_VERSION}; "
+            "update mda-lightning"
         )
+    _check(path, stored, _OF_STREAM | _OF_PLAN)
+    announced = stored.get("announced", [])
+    if not isinstance(announced, list):
+        raise ValueError(f"{path}: announced is no list; it was edited or damaged")
+    for one in announced:
+        _check(path, one, _OF_PLAN)
     return stored
+
+
+def _check(path: Path, value: Any, checks: Mapping[str, Callable[[Any], bool]]) -> None:
+    told = "it was edited or damaged"
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} has {str(value)[:60]!r} where a JSON object belongs; {told}")
+    if missing := [key for key in checks if key not in value]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; {told}")
+    for key, is_right in checks.items():
+        if not is_right(value[key]):
+            raise ValueError(f"{path}: {key} is {str(value[key])[:60]!r}, which none is; {told}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(_is_count, value))
+        and value[0] <= value[1]
+    )
+
+
+def _is_order(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(type(one) in (int, bool) for one in value.values()):
+        return False
+    try:
+        BaseOrder(**value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_checkpoint(value: Any) -> bool:
+    if value is None:
+        return True
+    hashes = ("plan_hash", "stream_hash")
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("step"))
+        and all(_is_text(value.get(key)) for key in hashes)
+    )
+
+
+def _is_attempt(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("start_step"))
+        and value.get("weight_type") in WEIGHT_TYPES
+        and isinstance(value.get("read_from"), dict)
+        and all(one in ("batch", "schedule") for one in value["read_from"].values())
+        and _is_text(value.get("stopped", ""))
+    )
+
+
+_OF_STREAM: dict[str, Callable[[Any], bool]] = {
+    "schema_version": _is_count,
+    "steps": _is_range,
+    "began_from": _is_checkpoint,
+    "attempts": lambda value: isinstance(value, list) and all(map(_is_attempt, value)),
+    "complete": lambda value: isinstance(value, bool),
+}
+_OF_PLAN: dict[str, Callable[[Any], bool]] = {
+    "order": _is_order,
+    "order_hash": _is_text,
+    "corpus": _is_text,
+    "corpus_hash": _is_text,
+    "plan_hash": _is_text,
+    "given_plan_hash": _is_text,
+    "n_steps": _is_count,
+}
