@@ -225,6 +225,11 @@ def test_pruning_duplicating_and_replacing(order: BaseOrder, tied: list[str], he
         found = Schedule(order, earlier).batch(step).sample_ids
         assert found.tolist() == order.ids((step - 10) % 5).tolist()
 
+    made("replace", *tied, "--steps", "10:20", "--by-steps", "0:5", "--with-control", 1)
+    (of_control,) = Plan.load("plan-random.json").operations
+    assert isinstance(of_control, Replace) and len(of_control.by) == 20
+    assert not set(of_control.by) & (met_in(order, WINDOW) | met_in(order, (0, 5)))
+
     out = made("replace", *tied, "--random", 4, "--window", "10:20", "--with-control", 1)
     (op,) = out.operations
     (of_control,) = Plan.load("plan-random.json").operations

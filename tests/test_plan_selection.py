@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mda_lightning.base_order import BaseOrder
-from mda_lightning.interventions import Plan, Replace, Source
+from mda_lightning.interventions import Insert, Mask, Plan, Replace, Source
 from mda_lightning.interventions.from_scores import plan_from_scores, with_random_controls
 from mda_lightning.interventions.id_files import read_ids
 from mda_lightning.interventions.selection import samples_of, select
@@ -342,6 +342,63 @@ def test_which_side_of_a_replacement_is_random(table: ScoreTable) -> None:
     assert not set(control.operations[0].sample_ids) & {1, 2, 3, 4}
     with pytest.raises(ValueError, match="does not only replace"):
         with_random_controls(Plan.mask([1]), np.arange(N), [0], treated="out")
+
+
+@pytest.mark.parametrize("placement", ["replace", None])
+def test_the_control_of_a_steered_run_masks_as_many_in_every_step(placement: Any) -> None:
+    """Of step by step masks, the stand-ins are samples of that very step."""
+    order = BaseOrder(400, 10, 30)
+    schedule, operations, rng = Schedule(order), list[Any](), np.random.default_rng(0)
+    if placement:
+        # Samples of earlier steps, of which some are masked where they were inserted.
+        ids = np.unique(np.concatenate([order.ids(step) for step in (0, 1)]))
+        operations.append(Insert(ids, (8, 16), placement=placement, online=True))
+        schedule = schedule.extended(operations, 8)
+    for step in range(6, 30, 2):
+        ids = rng.choice(np.unique(schedule.batch(step).sample_ids), 3, replace=False)
+        masks = [Mask(ids, (step, step + 1), 0.0, "all", "run", online=True)]
+        schedule, operations = schedule.extended(masks, step), operations + masks
+    plan = schedule.plan.bound(order=order, seed=0)
+    pool = np.unique(order.at(np.arange(300)))
+    excluded = order.ids(20)[:3]
+    treated, (control, other) = with_random_controls(plan, pool, [3, 4], exclude=excluded)
+    assert not set(control.treated_ids) & (set(treated.treated_ids) | set(excluded))
+    assert control.content_hash != other.content_hash
+    own = control.operations[len(control.operations) - 12 :]
+    streams = [Schedule(order, one) for one in (treated, control)]
+    for step in range(30):
+        one, same = (schedule.batch(step) for schedule in streams)
+        assert (one.provenance == same.provenance).all()
+        if not placement:
+            assert (
+                (one.weights == 0).sum()
+                == (same.weights == 0).sum()
+                == 3 * (step >= 6 and step % 2 == 0)
+            )
+    for op in own:
+        assert isinstance(op, Mask) and op.steps is not None and len(op.sample_ids) == 3
+        base = set(order.ids(op.steps[0]).tolist())
+        stand_ins = {int(i) for one in control.operations[: len(operations) - 12]
+                     for i in one.named_ids}  # fmt: skip
+        assert set(op.sample_ids.tolist()) <= base | stand_ins
+    if not placement:
+        with pytest.raises(ValueError, match=r"bound\(order=...\)"):
+            Plan(tuple(operations)).random_control(pool, 3)
+        few = np.concatenate([order.ids(step) for step in range(25)])
+        with pytest.raises(ValueError, match=r"needs 3 samples of steps \(26, 27\).* 0 are left"):
+            plan.random_control(few, 3)
+
+
+def test_what_it_takes_to_draw_controls_of_a_replaced_window() -> None:
+    plan = Plan.replace(steps=(2, 4), by_steps=(0, 1))
+    pool = np.arange(N)
+    with pytest.raises(ValueError, match=r"bound\(order=...\)"):
+        with_random_controls(plan, pool, [1])
+    same, (control,) = with_random_controls(plan, pool, [1], order=ORDER)
+    assert same.content_hash == plan.content_hash == control.source["control_of"]
+    assert control.order is None and control.operations[0].by is not None
+    told = np.concatenate([ORDER.ids(step) for step in (0, 2, 3)])
+    assert not np.intersect1d(control.operations[0].by, told).size
 
 
 def test_what_is_wrong_with_a_plan_from_scores(table: ScoreTable, tmp_path: Path) -> None:

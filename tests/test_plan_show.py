@@ -65,7 +65,8 @@ def plans(draw: st.DrawFn) -> Plan:
             else Replace((15, draw(st.integers(16, STEPS))), None, by)
         )
     if draw(st.booleans()):
-        operations.append(Prune(draw(st.none() | windows()), draw(st.floats(0.05, 1.0)), 0.25))
+        # A share of a step's places that is no place is refused.
+        operations.append(Prune(draw(st.none() | windows()), draw(st.floats(0.13, 1.0)), 0.25))
     return Plan(tuple(operations), seed=draw(st.integers(0, 3)))
 
 
@@ -127,7 +128,11 @@ def test_operations_are_counted_where_they_act(plan: Plan) -> None:
         if isinstance(op, Insert):
             assert one.places == len(op.sample_ids) * op.copies
         elif isinstance(op, Prune):
-            assert one.places == round(op.fraction * len(window))
+            # Of its number in the plan, and alone: nothing takes the places that it has drawn.
+            before = [Prune((0, 1), 1.0, 1.0)] * (len(plan.operations) - 1)
+            of_one = Schedule(ORDER, Plan((*before, op), seed=plan.seed))
+            weights = np.concatenate([of_one.batch(step).weights for step in range(STEPS)])
+            assert one.places == (weights == 0.25).sum()
         elif isinstance(op, Replace) and op.sample_ids is not None:
             assert set(one.unmet) == set(op.sample_ids) - set(window)
             assert one.places == np.isin(window, op.sample_ids).sum()

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mda_lightning.base_order import BaseOrder
-from mda_lightning.interventions.operations import Insert, Mask, Operation, Replace, Steps, as_ids
+from mda_lightning.interventions.operations import (
+    Insert,
+    Mask,
+    Operation,
+    Replace,
+    Steps,
+    as_ids,
+)
 from mda_lightning.shuffling import key_of, keyed_order
 
 
@@ -21,8 +28,15 @@ def controlled(
     *,
     exclude: ArrayLike | None = None,
 ) -> tuple[Operation, ...]:
-    """The operations with a random stand-in for every sample; see :meth:`Plan.random_control`."""
-    treated = _unique([_substituted(op, order) for op in operations])
+    """The operations with a random stand-in for every sample; see :meth:`Plan.random_control`.
+
+    A mask that was decided on the way is of the samples of a step or a few. Its stand-ins are drawn
+    from the base samples of its own window, so that as many places are masked there: of all that
+    the pool has, hardly one would come in that step.
+    """
+    shifts = any(isinstance(op, Insert) and op.placement == "shift" for op in operations)
+    alike = [op for op in operations if not _has_own_window(op, shifts)]
+    treated = _unique([_substituted(op, order) for op in alike])
     excluded = _unique([treated, *(_told(op, order) for op in operations)])
     if exclude is not None:
         excluded = np.union1d(excluded, as_ids(exclude))
@@ -37,7 +51,30 @@ def controlled(
     def stand_ins(ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return drawn[np.searchsorted(treated, ids)]
 
-    def on_stand_ins(op: Operation) -> Operation:
+    excluded = np.union1d(excluded, drawn)
+
+    def of_its_window(number: int, op: Mask) -> Mask:
+        assert op.steps is not None
+        met = _base_ids(order, op.steps)
+        # What stands there by an insertion has its stand-in there.
+        inserted = _among(op.sample_ids, treated) & ~_among(op.sample_ids, met)
+        count = int((~inserted).sum())
+        free = met[_among(met, pool) & ~_among(met, excluded)]
+        if len(free) < count:
+            raise ValueError(
+                f"the random control needs {count} samples of steps {op.steps} for those masked "
+                f"there, {len(free)} are left that the pool has and that are neither treated nor "
+                "excluded anywhere; widen the pool, or compare with a pruning of as many: "
+                "Plan.prune(fraction, steps)"
+            )
+        key = key_of("random control", seed, "of mask", number)
+        own = free[keyed_order(key, len(free))[:count]]
+        ids = np.concatenate([stand_ins(op.sample_ids[inserted]), own])
+        return dataclasses.replace(op, sample_ids=ids)
+
+    def on_stand_ins(number: int, op: Operation) -> Operation:
+        if isinstance(op, Mask) and _has_own_window(op, shifts):
+            return of_its_window(number, op)
         if isinstance(op, Mask | Insert):
             return dataclasses.replace(op, sample_ids=stand_ins(op.sample_ids))
         if isinstance(op, Replace):
@@ -45,7 +82,25 @@ def controlled(
         draw = int(key_of("another pruning", op.draw, seed) >> np.uint64(32))
         return dataclasses.replace(op, draw=draw)
 
-    return tuple(on_stand_ins(op) for op in operations)
+    return tuple(on_stand_ins(number, op) for number, op in enumerate(operations))
+
+
+def _has_own_window(op: Operation, shifts: bool) -> bool:
+    """Whether a mask's stand-ins are of its own window.
+
+    Which base samples a window of the run's own steps holds, is known where nothing shifts.
+    """
+    if not isinstance(op, Mask) or not op.online or op.steps is None:
+        return False
+    return op.clock == "base" or not shifts
+
+
+def _among(ids: NDArray[np.int64], ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
+    if not ascending.size:
+        return np.zeros(len(ids), bool)
+    at = np.minimum(np.searchsorted(ascending, ids), len(ascending) - 1)
+    found: NDArray[np.bool_] = ascending[at] == ids
+    return found
 
 
 def _substituted(op: Operation, order: BaseOrder | None) -> NDArray[np.int64]:

@@ -243,6 +243,7 @@ def with_random_controls(
     *,
     exclude: ArrayLike | None = None,
     treated: Side | None = None,
+    order: BaseOrder | None = None,
 ) -> tuple[Plan, tuple[Plan, ...]]:
     """A plan and several random controls, each named for its draw.
 
@@ -256,18 +257,22 @@ def with_random_controls(
         treated: which side of a replacement one for one is the treated one, and random in a
             control: the samples that go ``"out"``, or those that come ``"in"``. None is what the
             plan's ``source`` says, or ``"in"``.
+        order: that says which samples a window holds, for a plan that is tied to none.
 
     Raises:
-        ValueError: the pool without the treated and excluded samples is too small.
+        ValueError: the pool without the treated and excluded samples is too small, or it takes an
+            order and there is none.
     """
     side: str = treated or plan.source.get("treated", "in")
     pool = as_ids(pool_ids)
+    tied = plan if plan.order is not None else plan.bound(order=order)
     controls = [
-        _out_control(plan, pool, seed, exclude)
+        _out_control(tied, pool, seed, exclude)
         if side == "out"
-        else plan.random_control(pool, seed, exclude=exclude)
+        else tied.random_control(pool, seed, exclude=exclude)
         for seed in seeds
     ]
+    controls = [dataclasses.replace(control, order=plan.order) for control in controls]
     if any(isinstance(op, Insert) and op.placement == "replace" for op in plan.operations):
         named = [plan.treated_ids, *(control.treated_ids for control in controls)]
         spared = np.unique(np.concatenate([plan.spared, *named]))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mda_lightning.interventions import Plan
+from mda_lightning.interventions import Operation, Plan, Replace
 from mda_lightning.interventions.from_scores import Side, treat, with_random_controls
 from mda_lightning.interventions.id_files import read_ids
 from mda_lightning.interventions.operations import Steps
@@ -143,18 +143,24 @@ def with_controls(
     """A plan and ``n_controls`` random controls, whose draws are numbered from ``draw + 1`` on.
 
     Args:
-        pool: samples to draw from; None is what the base order has in the plan's windows.
+        pool: samples to draw from; None is what the base order has in the plan's windows, and of
+            the whole run where a window is replaced as a whole.
         exclude: samples that are never drawn.
         treated: see :func:`with_random_controls`.
     """
+    stream = of_plan(plan, stream)
     if pool is None:
-        pool = pool_of(plan, of_plan(plan, stream))
+        pool = pool_of(plan, stream)
     seeds = [draw + 1 + number for number in range(n_controls)]
-    return with_random_controls(plan, pool, seeds, exclude=exclude, treated=treated)
+    return with_random_controls(
+        plan, pool, seeds, exclude=exclude, treated=treated, order=stream.order
+    )
 
 
 def pool_of(plan: Plan, stream: BaseStream, window: Steps | None = None) -> NDArray[np.int64]:
     """The samples that the base order has in a window, or in all windows of a plan.
+
+    Where a window is replaced as a whole, none of its own samples is random: then of the whole run.
 
     Raises:
         ValueError: no order.
@@ -168,8 +174,16 @@ def pool_of(plan: Plan, stream: BaseStream, window: Steps | None = None) -> NDAr
     if window is not None:
         return samples_of(stream.order, window)
     whole = (0, stream.order.n_steps)
-    windows = sorted({op.steps or whole for op in plan.operations})
+    windows = sorted({_drawn_from(op, whole) for op in plan.operations})
+    if whole in windows:
+        windows = [whole]
     return np.unique(np.concatenate([samples_of(stream.order, one) for one in windows]))
+
+
+def _drawn_from(op: Operation, whole: Steps) -> Steps:
+    if op.steps is None or (isinstance(op, Replace) and op.sample_ids is None):
+        return whole
+    return op.steps
 
 
 def control_paths(path: Path, n_controls: int) -> list[Path]:

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mda_lightning.interventions.operations import Insert, Mask, Operation, Prune, Replace, Steps
+from mda_lightning.interventions.plan import Plan
 from mda_lightning.schedule.placing import find
+from mda_lightning.schedule.rewriting import BaseChanges
 from mda_lightning.schedule.stream import BASE, INSERTED, REPLACED, Schedule
 
 Kind: TypeAlias = Literal["masked", "reweighted", "pruned", "inserted", "replaced"]
@@ -275,23 +277,44 @@ def _uncounted(op: Operation, schedule: Schedule) -> OperationCount:
     if isinstance(op, Insert):
         return OperationCount(op, op.count, np.empty(0, bool))
     if isinstance(op, Prune):
-        first, last = op.steps or (0, schedule.order.n_steps)
-        n_places = (last - first) * schedule.order.batch_size
-        return OperationCount(op, round(op.fraction * n_places), np.empty(0, bool))
+        return OperationCount(op, _n_pruned(op, schedule), np.empty(0, bool))
     named = op.sample_ids
     return OperationCount(op, 0, np.zeros(0 if named is None else len(named), bool))
 
 
+def _n_pruned(op: Prune, schedule: Schedule) -> int:
+    order = schedule.order
+    if op.steps is not None:
+        first, last = order.places(op.steps)
+        return round(op.fraction * (last - first))
+    # As many of every pass over the corpus; of the last, those that the run comes to.
+    n_places = order.n_steps * order.batch_size
+    begun = n_places // order.n_rows * order.n_rows
+    found = begun // order.n_rows * round(op.fraction * order.n_rows)
+    changes = BaseChanges(order, _with_weights(schedule.plan, 1.0, of_one=op))
+    for start in range(begun, n_places, _PLACES_AT_ONCE):
+        end = min(start + _PLACES_AT_ONCE, n_places)
+        found += int((changes.kept(np.arange(start, end, dtype=np.int64)) == 0).sum())
+    return found
+
+
+def _with_weights(plan: Plan, weight: float, *, of_one: Prune | None = None) -> Plan:
+    """The plan with another weight of its prunings, and 0 for one of them."""
+    # All stay in their places: the numbers of the operations decide what is drawn for them.
+    operations = tuple(
+        dataclasses.replace(op, weight=0.0 if op is of_one else weight)
+        if isinstance(op, Prune)
+        else op
+        for op in plan.operations
+    )
+    return dataclasses.replace(plan, operations=operations)
+
+
 def _without_pruning(schedule: Schedule) -> Schedule:
     """The same schedule with prunings that change no weight; itself where there are none."""
-    operations = schedule.plan.operations
-    if not any(isinstance(op, Prune) for op in operations):
+    if not any(isinstance(op, Prune) for op in schedule.plan.operations):
         return schedule
-    # Kept in their places: the numbers of the others decide what is drawn for them.
-    kept = tuple(
-        dataclasses.replace(op, weight=1.0) if isinstance(op, Prune) else op for op in operations
-    )
-    return Schedule(schedule.order, dataclasses.replace(schedule.plan, operations=kept))
+    return Schedule(schedule.order, _with_weights(schedule.plan, 1.0))
 
 
 def _at_or_after(schedule: Schedule, begin: int, end: int) -> NDArray[np.int64]:
