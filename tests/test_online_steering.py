@@ -30,7 +30,7 @@ from mda_lightning.callbacks.steering import Decisions, FromScores, ReachLevel
 from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.influence import replay_scores
 from mda_lightning.influence.inverse_probes import CurvatureSettings, inverse_probes
-from mda_lightning.interventions import Mask, Plan
+from mda_lightning.interventions import Insert, Mask, Plan
 from mda_lightning.schedule import INSERTED
 from mda_lightning.store import ScoreTable
 
@@ -385,3 +385,21 @@ def test_what_is_inserted_by_shift_replays_too(tmp_path: Path) -> None:
     assert decisions.frame["slot"].isna().all() and len(decisions) >= 2
     again, _ = replayed(tmp_path / "again", rows, decisions.plan())
     assert_bit_identical(training_state(again), training_state(run))
+
+
+def test_more_than_fits_is_left_out(tmp_path: Path) -> None:
+    """What is inserted leaves its own places in the window alone, too."""
+    rows = corpus(tmp_path)
+    earlier_scores(tmp_path)
+    crowd = FromScores(tmp_path / "earlier", "insert", share=1.0, every_n_steps=4, per_step=8.0)
+    _, _, data = steered(tmp_path, rows, crowd, in_run=False)
+    operations = data.schedule.plan.operations
+    assert [op.steps for op in operations] == [(0, 4), (4, 8), (8, 12), (12, 14)]
+    inserted = [np.isin(b.provenance, INSERTED) for b in map(data.schedule.batch, range(STEPS))]
+    for op in operations:
+        assert isinstance(op, Insert) and op.steps is not None
+        steps = range(*op.steps)
+        base = np.concatenate([data.schedule.order.ids(step) for step in steps])
+        taken = np.concatenate([inserted[step] for step in steps])
+        # All the others' places, or all but as many as the next in rank would have spared.
+        assert len(base) - 2 <= taken.sum() + np.isin(base, op.sample_ids).sum() <= len(base)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mda_lightning.callbacks.steering.places import coming_window, free_places
+from mda_lightning.callbacks.steering.places import coming_window, that_fit
 from mda_lightning.callbacks.steering.policies import (
     Decision,
+    Ints,
     Policy,
     SteeredRun,
     Which,
@@ -109,11 +110,12 @@ class Amplify(Policy):
         means = np.bincount(row, weights=scores) / np.bincount(row)
         last = np.zeros(len(samples), np.int64)
         np.maximum.at(last, row, np.arange(len(ids)))  # the latest row of each
-        count = self._that_fit(run, step, window, round(self.share * strength * len(samples)))
-        if not count:
+        wanted = round(self.share * strength * len(samples))
+        first = ranked(samples, means, self.which)[:wanted]
+        chosen = np.sort(first[: self._that_fit(run, step, window, samples[first])])
+        if not len(chosen):
             return None
         self._last = step
-        chosen = np.sort(ranked(samples, means, self.which)[:count])
         operation = Insert(
             samples[chosen], window, self.mode, self.placement, self.copies, online=True
         )
@@ -161,7 +163,7 @@ class Amplify(Policy):
                 "with active='window'",
             )
 
-    def _that_fit(self, run: SteeredRun, step: int, window: tuple[int, int], wanted: int) -> int:
+    def _that_fit(self, run: SteeredRun, step: int, window: tuple[int, int], wanted: Ints) -> int:
         if window[1] - window[0] < self.over_steps:
             self._warn(
                 "end",
@@ -169,16 +171,16 @@ class Amplify(Policy):
                 f"run; it is put into the {window[1] - window[0]} steps that are left",
             )
         if self.placement == "shift":
-            return wanted
-        room = free_places(run.schedule, step, window) // self.copies
-        if wanted > room:
+            return len(wanted)
+        room = that_fit(run.schedule, step, window, wanted, self.copies)
+        if len(wanted) > room:
             self._warn(
                 "room",
                 f"{self.name}: at step {step} the next {window[1] - window[0]} steps have places "
-                f"for {room} samples, {wanted} were to be inserted; the rest is left out. Lower "
+                f"for {room} samples, {len(wanted)} were to be inserted; the rest is left out. Lower "
                 "share or copies, or raise over_steps and every_n_steps",
             )
-        return min(wanted, room)
+        return room
 
     def _warn(self, what: str, text: str) -> None:
         if what not in self._warned:

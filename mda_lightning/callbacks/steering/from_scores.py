@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mda_lightning.callbacks.steering.places import coming_window, free_places
+from mda_lightning.callbacks.steering.places import coming_window, that_fit
 from mda_lightning.callbacks.steering.policies import (
     Decision,
     Policy,
@@ -180,12 +180,11 @@ class FromScores(Policy):
             return None
         wanted = self.per_step * strength * (window[1] - window[0]) + self._carry
         whole = math.floor(wanted + 1e-6)  # 0.1 of 30 steps are 3, rounding or not
-        number = min(whole, count)
+        chosen = self._ranked[(self._cursor + np.arange(min(whole, count))) % count]
         if self.placement == "replace":
-            number = min(number, free_places(run.schedule, step, window))
+            chosen = chosen[: that_fit(run.schedule, step, window, chosen)]
         self._carry = wanted - whole
-        if not number:
+        if not len(chosen):
             return None
-        chosen = self._ranked[(self._cursor + np.arange(number)) % count]
-        self._cursor = (self._cursor + number) % count
+        self._cursor = (self._cursor + len(chosen)) % count
         return Insert(chosen, window, self.mode, self.placement, online=True)

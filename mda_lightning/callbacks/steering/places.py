@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mda_lightning.interventions import Insert, Mask
+from mda_lightning.interventions.operations import is_online, overlap
 from mda_lightning.schedule import INSERTED, Schedule
+from mda_lightning.schedule.placing import find
 
 Ints = NDArray[np.int64]
 
@@ -18,21 +20,43 @@ def coming_window(schedule: Schedule, step: int, n_steps: int) -> tuple[int, int
     return (first, last) if first < last else None
 
 
-def free_places(schedule: Schedule, step: int, window: tuple[int, int]) -> int:
-    """Places that an insertion with ``replace`` may still take in a window of base steps.
+def that_fit(
+    schedule: Schedule, step: int, window: tuple[int, int], ids: Ints, copies: int = 1
+) -> int:
+    """How many of ``ids``, from the first on, an insertion with ``replace`` has places for.
+
+    Their own base places are left alone, as those of what the plan names in these steps.
 
     Args:
         step: the run's next step, at or before the window.
+        window: base steps.
+        ids: int64 [n], each once.
+        copies: of each.
     """
+    free = _free_places(schedule, step, window)
+    by_id = np.argsort(ids)
+    at, held = find(ids[by_id], free)
+    own = np.bincount(by_id[at[held]], minlength=len(ids))
+    room = len(free) - np.concatenate([[0], np.cumsum(own)])
+    return int(np.flatnonzero(np.arange(len(ids) + 1) * copies <= room)[-1])
+
+
+def _free_places(schedule: Schedule, step: int, window: tuple[int, int]) -> Ints:
+    """The base samples of places that an insertion with ``replace`` may take."""
     first, last = run_steps_of(schedule, step, window)
     positions = schedule.base_positions(first, last)
     batches = [schedule.batch(one) for one in range(first, last)]
     inserted = np.concatenate([batch.provenance for batch in batches]) == INSERTED
     size = schedule.order.batch_size
     inside = (positions >= window[0] * size) & (positions < window[1] * size) & ~inserted
-    planned = [op.named_ids for op in schedule.plan.operations if not getattr(op, "online", False)]
-    spared = np.concatenate([schedule.plan.spared, *planned])
-    return int((~np.isin(schedule.order.at(positions[inside]), spared)).sum())
+    spared = [schedule.plan.spared]
+    for op in schedule.plan.operations:
+        by_run = isinstance(op, Mask) and op.clock == "run"
+        if not is_online(op) and (by_run or overlap(op.steps, window)):
+            spared.append(op.named_ids)
+    ids = schedule.order.at(positions[inside])
+    free: Ints = ids[~np.isin(ids, np.concatenate(spared))]
+    return free
 
 
 def run_steps_of(schedule: Schedule, step: int, window: tuple[int, int]) -> tuple[int, int]:
