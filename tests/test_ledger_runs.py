@@ -669,8 +669,9 @@ def test_another_corpus_in_the_record_is_named(rows: TokenRows, tmp_path: Path) 
         return verify_run(tmp_path / "run").differences
 
     others = TokenRows.write(tmp_path / "o", rows.get(range(24)) + 1, provenance={})
-    (difference,) = differences(plan, others)
-    assert difference.startswith("the corpus that the plan was made for is")
+    recorded_one, found = differences(plan, others)
+    assert recorded_one.startswith("the corpus that the plan was made for is")
+    assert f"the run was trained on {rows.content_hash[:12]}" in found
     fewer = TokenRows.write(tmp_path / "f", rows.get(range(23)), provenance={})
     (difference,) = differences(PLAN, fewer)
     assert "has 23 rows, the base order is one of 24" in difference

@@ -192,7 +192,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path, key: str) -> None:
     told = read_json(path)
     for value in DAMAGE[key]:
         write_json(path, told | {key: value})
-        with pytest.raises(ValueError, match=f"{STREAM_FILE}.*edited or damaged"):
+        with pytest.raises(ValueError, match=rf"{STREAM_FILE}.*{key}.*edited or damaged"):
             verify_run(tmp_path)
     if key in told:
         del told[key]

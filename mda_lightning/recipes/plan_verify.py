@@ -126,8 +126,8 @@ def _schedule(ledger: Ledger, report: VerifyReport) -> Schedule | None:
 
 def _check_corpora(ledger: Ledger, plan: Plan, given: Path | None, report: VerifyReport) -> None:
     stored = ledger.provenance
-    base = given or Path(stored["corpus"])
-    _check_corpus("corpus", base, stored["corpus_hash"], report, n_rows=ledger.order.n_rows)
+    base, wanted = given or Path(stored["corpus"]), plan.corpus_hash or stored["corpus_hash"]
+    _check_corpus("corpus", base, wanted, report, n_rows=ledger.order.n_rows)
     for source in plan.sources:
         if source.path is not None:
             name = f"source {source.name!r}"

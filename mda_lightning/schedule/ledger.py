@@ -216,24 +216,28 @@ def read_stream(path: Path) -> dict[str, Any]:
             f"{path} has stream schema {schema}, this version reads up to {SCHEMA_VERSION}; "
             "update mda-lightning"
         )
-    _check(path, stored, _OF_STREAM | _OF_PLAN)
-    announced = stored.get("announced", [])
-    if not isinstance(announced, list):
-        raise ValueError(f"{path}: announced is no list; it was edited or damaged")
-    for one in announced:
-        _check(path, one, _OF_PLAN)
+    _check(str(path), stored, _OF_STREAM | _OF_PLAN)
+    for key, checks in (("attempts", _OF_ATTEMPT), ("announced", _OF_PLAN)):
+        for number, one in enumerate(_listed(path, stored, key)):
+            _check(f"{path}, {key}[{number}]", one, checks)
     return stored
 
 
-def _check(path: Path, value: Any, checks: Mapping[str, Callable[[Any], bool]]) -> None:
-    told = "it was edited or damaged"
+def _listed(path: Path, stored: Mapping[str, Any], key: str) -> list[Any]:
+    listed = stored.get(key, [])
+    if not isinstance(listed, list):
+        raise ValueError(f"{path}: {key} cannot be {listed!r}; {_TOLD}")
+    return listed
+
+
+def _check(where: str, value: Any, checks: Mapping[str, Callable[[Any], bool]]) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{path} has {str(value)[:60]!r} where a JSON object belongs; {told}")
+        raise ValueError(f"{where} cannot be {value!r}; {_TOLD}")
     if missing := [key for key in checks if key not in value]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; {told}")
+        raise ValueError(f"{where} lacks {', '.join(missing)}; {_TOLD}")
     for key, is_right in checks.items():
         if not is_right(value[key]):
-            raise ValueError(f"{path}: {key} is {str(value[key])[:60]!r}, which none is; {told}")
+            raise ValueError(f"{where}: {key} cannot be {value[key]!r}; {_TOLD}")
 
 
 def _is_text(value: Any) -> bool:
@@ -274,23 +278,20 @@ def _is_checkpoint(value: Any) -> bool:
     )
 
 
-def _is_attempt(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and _is_count(value.get("start_step"))
-        and value.get("weight_type") in WEIGHT_TYPES
-        and isinstance(value.get("read_from"), dict)
-        and all(one in ("batch", "schedule") for one in value["read_from"].values())
-        and _is_text(value.get("stopped", ""))
-    )
-
-
+_TOLD = "it was edited or damaged"
 _OF_STREAM: dict[str, Callable[[Any], bool]] = {
     "schema_version": _is_count,
     "steps": _is_range,
     "began_from": _is_checkpoint,
-    "attempts": lambda value: isinstance(value, list) and all(map(_is_attempt, value)),
+    "attempts": lambda value: isinstance(value, list),
     "complete": lambda value: isinstance(value, bool),
+}
+_OF_ATTEMPT: dict[str, Callable[[Any], bool]] = {
+    "start_step": _is_count,
+    "weight_type": lambda value: value in WEIGHT_TYPES,
+    "read_from": lambda value: (
+        isinstance(value, dict) and all(one in ("batch", "schedule") for one in value.values())
+    ),
 }
 _OF_PLAN: dict[str, Callable[[Any], bool]] = {
     "order": _is_order,
