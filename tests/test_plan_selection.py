@@ -90,9 +90,9 @@ def by_loop(
                 continue
             if row.sample_id not in exclude:
                 score = row.score if block is None else getattr(row, block)
-                scores.setdefault(row.sample_id, []).append(score)
+                if math.isfinite(score):
+                    scores.setdefault(row.sample_id, []).append(score)
         means = {i: sum(own) / len(own) for i, own in scores.items()}
-        means = {i: mean for i, mean in means.items() if math.isfinite(mean)}
         sign = -1 if which == "top" else 1
         ranked = sorted(means, key=lambda i: (sign * means[i], i))
         wanted = count or max(1, round((fraction or 0) * len(means)))

@@ -303,6 +303,26 @@ def test_the_control_of_a_replacement_keeps_its_places() -> None:
     assert set(few.operations[0].by.tolist()) == set(others[:10].tolist())  # type: ignore[union-attr]
 
 
+@given(st.integers(0, 99), st.integers(1, 8))
+def test_stand_ins_occur_as_often_as_the_samples(seed: int, n: int) -> None:
+    """With two passes in the window, as many places are masked, in every step range."""
+    order = BaseOrder(40, 10, 12, seed=seed)
+    met = np.bincount(base_stream(order, 90)[20:], minlength=40)
+    rng = np.random.default_rng(seed)
+    often = rng.permutation(np.flatnonzero(met == 2))
+    treated = np.append(
+        often[: min(n, len(often) // 2)], rng.permutation(np.flatnonzero(met == 1))[:2]
+    )
+    plan = Plan.mask(treated, (2, 9)).bound(order=order)
+    control = plan.random_control(range(40), seed=seed)
+    weights = [whole(Schedule(order, one)).weights for one in (plan, control)]
+    assert (weights[0] == 0).sum() == (weights[1] == 0).sum() == met[treated].sum()
+    assert not np.intersect1d(control.treated_ids, treated).size
+    rare = np.flatnonzero(met == 1)
+    with pytest.warns(UserWarning, match="more or less often in the steps"):
+        Plan.mask(often[:1], (2, 9)).bound(order=order).random_control(rare, seed=seed)
+
+
 def test_the_controls_of_a_pruning_are_other_draws() -> None:
     order, plan = BaseOrder(400, 10, 30), Plan.prune(0.5, (3, 13))
     draws = [plan, *(plan.random_control([], seed=seed) for seed in (3, -3, 4))]

@@ -87,14 +87,14 @@ def test_the_columns_are_those_that_are_documented(tmp_path: Path) -> None:
 def test_ranks_are_those_of_a_loop_over_samples(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, float]], count: int
 ) -> None:
-    """Repeated samples are averaged, ties go by id, samples with a NaN are out and counted."""
+    """Finite scores of a sample are averaged, ties go by id, those without are out and counted."""
     values = np.zeros((len(rows), 2, 3))
     values[:, 1, 0] = [score for _, score in rows]
     table = write(tmp_path_factory.mktemp("t") / "s", values, [i for i, _ in rows])
     means = {}
     for sample in {i for i, _ in rows}:
-        mine = [score for i, score in rows if i == sample]
-        means[sample] = sum(mine) / len(mine)
+        mine = [score for i, score in rows if i == sample and not np.isnan(score)]
+        means[sample] = sum(mine) / len(mine) if mine else float("nan")
     finite = sorted((i for i in means if not np.isnan(means[i])), key=lambda i: (-means[i], i))
     n_nan = len(means) - len(finite)
     with warnings.catch_warnings(record=True) as caught:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +20,10 @@ from mda_lightning.interventions.operations import (
     as_ids,
 )
 from mda_lightning.shuffling import key_of, keyed_order
+
+Ids: TypeAlias = NDArray[np.int64]
+
+_MOST_PLACES = 2**24
 
 
 def controlled(
@@ -46,7 +52,7 @@ def controlled(
             f"the random control needs {len(treated)} samples besides the treated and excluded "
             f"ones, the pool has {len(pool)}; treat a smaller fraction or widen the pool"
         )
-    drawn = pool[keyed_order(key_of("random control", seed), len(pool))[: len(treated)]]
+    drawn = _drawn(treated, pool, _met_by(alike, order, treated, pool), seed)
 
     def stand_ins(ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return drawn[np.searchsorted(treated, ids)]
@@ -83,6 +89,59 @@ def controlled(
         return dataclasses.replace(op, draw=draw)
 
     return tuple(on_stand_ins(number, op) for number, op in enumerate(operations))
+
+
+def _drawn(treated: Ids, pool: Ids, met: NDArray[np.int64], seed: int) -> Ids:
+    """For each treated sample one of the pool that its masks' windows meet as often.
+
+    Args:
+        met: [treated and pool, windows], how often each window has each sample.
+    """
+    order = keyed_order(key_of("random control", seed), len(pool))
+    kinds = np.unique(met, axis=0, return_inverse=True)[1].reshape(-1)
+    of_treated, of_pool = kinds[: len(treated)], kinds[len(treated) :][order]
+    drawn, used = np.full(len(treated), -1, np.int64), np.zeros(len(pool), bool)
+    for kind in np.unique(of_treated):
+        wanted, there = np.flatnonzero(of_treated == kind), np.flatnonzero(of_pool == kind)
+        n = min(len(wanted), len(there))
+        drawn[wanted[:n]] = pool[order[there[:n]]]
+        used[there[:n]] = True
+    missing = np.flatnonzero(drawn < 0)
+    if missing.size:
+        warnings.warn(
+            f"{len(missing)} of {len(treated)} samples have a stand-in that stands more or less "
+            "often in the steps than they do: the pool has no other; the control treats another "
+            "number of places. Widen the pool",
+            stacklevel=5,
+        )
+        drawn[missing] = pool[order[np.flatnonzero(~used)[: len(missing)]]]
+    return drawn
+
+
+def _met_by(
+    operations: Sequence[Operation], order: BaseOrder | None, treated: Ids, pool: Ids
+) -> NDArray[np.int64]:
+    """How often the window of each mask has each sample; [treated and pool, windows].
+
+    Left out is what cannot be told: windows of the run's own steps, or without an order; and the
+    whole run or windows of many millions of places, in which it would take long.
+    """
+    windows = {
+        op.steps
+        for op in operations
+        if isinstance(op, Mask) and op.clock == "base" and op.steps is not None
+    }
+    ids = np.concatenate([treated, pool])
+    columns = [np.zeros(len(ids), np.int64)]
+    by_id = np.argsort(ids)
+    for steps in sorted(windows):
+        if order is None or order.places(steps)[1] - order.places(steps)[0] > _MOST_PLACES:
+            continue
+        there = order.at(np.arange(*order.places(steps), dtype=np.int64))
+        at = np.minimum(np.searchsorted(ids[by_id], there), len(ids) - 1)
+        known = by_id[at[ids[by_id][at] == there]]
+        columns.append(np.bincount(known, minlength=len(ids)))
+    return np.stack(columns, axis=1)
 
 
 def _has_own_window(op: Operation, shifts: bool) -> bool:

@@ -8,6 +8,7 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,9 @@ class Plan:
         """The same operations on as many random samples, none of them named by this plan.
 
         Each treated sample is given one stand-in, the same in every operation, so counts per
-        operation and overlaps between operations (mask and insert of the same samples) match. The
+        operation and overlaps between operations (mask and insert of the same samples) match. Of a
+        plan with an order, a stand-in occurs as often in the steps of the masks as the sample, so
+        that as many places are masked. The
         seed of the places stays: with the same ``shift`` insertions, treated and control samples
         take the same places. For insertions with ``replace`` use :meth:`with_random_control`.
 
@@ -278,7 +281,7 @@ class Plan:
         """Content hash of the order, or None."""
         return None if self.order is None else self.order.content_hash
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 over everything that decides the stream; ``source`` and ``name`` do not."""
         settings = {"schema": SCHEMA_VERSION, "seed": self.seed or 0}

@@ -36,10 +36,17 @@ class Means:
         self._counts = np.bincount(self._which, minlength=len(self.ids))
 
     def of(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Means [M] of a column [N]; NaN where one of a sample's scores is."""
-        own = scores if self._rows is None else scores[self._rows]
-        sums = np.bincount(self._which, weights=own.astype(np.float64), minlength=len(self.ids))
-        return sums / self._counts
+        """Means [M] of a column [N] over each sample's finite scores; NaN where it has none.
+
+        A sample that was masked once has no score of that time, and keeps those of the others.
+        """
+        own = (scores if self._rows is None else scores[self._rows]).astype(np.float64)
+        finite = np.isfinite(own)
+        sums = np.bincount(self._which, weights=np.where(finite, own, 0.0), minlength=len(self.ids))
+        counts = self._counts - np.bincount(self._which[~finite], minlength=len(self.ids))
+        means: NDArray[np.float64] = np.full(len(self.ids), np.nan)
+        np.divide(sums, counts, out=means, where=counts > 0)
+        return means
 
 
 def extreme(

@@ -229,7 +229,7 @@ class ScoreTable:
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Ascending unique sample ids [M] and the mean of each one's scores [M].
 
-        NaN where one of its scores is.
+        Of its finite scores; NaN where it has none.
         """
         return mean_by_sample(*self.scores(unit, block))
 
