@@ -351,8 +351,8 @@ def test_what_cannot_be_steered_is_refused_at_setup(tmp_path: Path) -> None:
         run([steering(target=HoldCurve([[0, 1]]))])
     with pytest.raises(ValueError, match="put it after its UnitMonitor"):
         run([steering(target=HoldCurve([[0, 1]])), monitor])
-    with pytest.raises(ValueError, match=r"covers steps 0\.\.5, steering asks for 0\.\.13"):
-        run([monitor, steering(target=HoldCurve([[0, 1], [5, 1]]))])
+    with pytest.raises(ValueError, match=r"covers steps 1\.\.5, steering asks for 0\.\.1"):
+        run([monitor, steering(target=HoldCurve([[1, 1], [5, 1]]))])
     run([monitor, steering(Suppress(active=(0, 6)), target=HoldCurve([[0, 0], [5, 0]]))])
     with pytest.raises(ValueError, match=r"put CriticalWindow\('induction'\) before it"):
         run([steering(Suppress(active="window"))])

@@ -23,10 +23,12 @@ from mda_lightning.callbacks.scoring.scored import ScoredSamples
 from mda_lightning.callbacks.steering.aiming import Aiming
 from mda_lightning.callbacks.steering.amplify import Amplify
 from mda_lightning.callbacks.steering.decisions import FOLDER, DecisionWriter
+from mda_lightning.callbacks.steering.idle import Outcome, Outcomes
 from mda_lightning.callbacks.steering.needs import (
     Units,
     check_directions,
     check_trainer,
+    folder_of,
     monitor_of,
     named,
     named_units,
@@ -42,7 +44,6 @@ from mda_lightning.callbacks.steering.targets import Target
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
 from mda_lightning.interventions import Mask
 from mda_lightning.mechanisms import Mechanism
-from mda_lightning.pretraining.run_folder import run_folder
 from mda_lightning.units import Head, parse_unit
 
 
@@ -84,7 +85,8 @@ class OnlineSteering(pl.Callback):
         over: how μ of several heads becomes one number: their "mean", or their "max".
         model: dotted name of the language model inside the LightningModule; None finds the one.
         token_ids: as for UnitMonitor.
-        folder: where to write; None is the monitor's folder, or ``mda/`` in the logger's.
+        folder: where to write; None is that of a monitor before it, else the data module's, else
+            ``mda/`` in the logger's.
 
     Raises:
         ValueError: arguments that mean nothing; at ``setup``, another data module, nobody who
@@ -106,7 +108,7 @@ class OnlineSteering(pl.Callback):
         folder: str | None = None,
     ) -> None:
         super().__init__()
-        self.policies = named([policy] if isinstance(policy, Policy) else list(policy))
+        self.policies = named(policy)
         if over not in ("mean", "max"):
             raise ValueError(f"over={over!r}: 'mean' or 'max'")
         if target is not None and not isinstance(target, Target):
@@ -117,6 +119,7 @@ class OnlineSteering(pl.Callback):
         self._only_targets = units == "target"
         self._over: Over = over
         self._aiming = Aiming(target, over)
+        self._outcomes = Outcomes(self.policies)
         self._given, self._token_ids = mechanism, token_ids
         self.mechanism = build_mechanism(mechanism, token_ids)
         self._model_name, self._wanted_folder = model, folder
@@ -142,6 +145,7 @@ class OnlineSteering(pl.Callback):
             "decided_step": self._decided_step,
             "counts": dict(self._counts),
             "aiming": self._aiming.state_dict(),
+            "acted": self._outcomes.state_dict(),
             "policies": {policy.name: policy.state_dict() for policy in self.policies},
             "folder": str(self.folder or self._former_folder),
         }
@@ -150,6 +154,7 @@ class OnlineSteering(pl.Callback):
         self._decided_step = int(state_dict["decided_step"])
         self._counts = dict(state_dict["counts"])
         self._aiming.load_state_dict(state_dict["aiming"])
+        self._outcomes.load_state_dict(state_dict.get("acted", {}))
         for policy in self.policies:
             if policy.name in state_dict["policies"]:
                 policy.load_state_dict(state_dict["policies"][policy.name])
@@ -183,10 +188,7 @@ class OnlineSteering(pl.Callback):
                 scoring_of(trainer, self, name, self._units)
             else:
                 self.mechanism.check(model)
-        if self._wanted_folder is None and self._monitor is not None and self._monitor.folder:
-            self.folder = self._monitor.folder
-        else:
-            self.folder = run_folder(trainer, self._wanted_folder)
+        self.folder = folder_of(trainer, self, self._wanted_folder)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._run = SteeredRun(
             trainer,
@@ -208,7 +210,11 @@ class OnlineSteering(pl.Callback):
         run.schedule = data.schedule
         define_metrics(trainer, [f"{self.mechanism.name}/steering"], {})
         known = [] if self._only_targets else self._units
-        self._aiming.prepare(self.mechanism.name, known, *self._steps(run.end))
+        first, last = self._steps(run.end)
+        if trainer.max_steps >= 0:
+            last = min(last, trainer.max_steps - 1)
+        self._aiming.prepare(self.mechanism.name, known, max(first, trainer.global_step), last)
+        self._outcomes.begin()
         self._end_subscriptions()
         for policy in self.policies:
             policy.begin(run, known)
@@ -218,7 +224,8 @@ class OnlineSteering(pl.Callback):
         if trainer.is_global_zero and not is_rehearsal(trainer):
             self._writer = DecisionWriter(self.folder / FOLDER)
             self._writer.discard_from(n_decided(trainer))
-            facts = {"units": "target" if self._only_targets else list(map(str, self._units))}
+            facts: dict[str, Any] = {"decided_before": n_decided(trainer)}
+            facts["units"] = "target" if self._only_targets else list(map(str, self._units))
             self._writer.describe(
                 provenance_of(
                     trainer,
@@ -264,6 +271,8 @@ class OnlineSteering(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end_subscriptions()
         if self._writer is not None:
+            for told in self._outcomes.idle(self._aiming):
+                warnings.warn(told, stacklevel=2)
             path = write_all(trainer, self._writer)
             log_file(trainer, path, name=f"{self.mechanism.name}-steered-plan", kind="plan")
 
@@ -297,13 +306,9 @@ class OnlineSteering(pl.Callback):
         latest = None if self._monitor is None else self._monitor.latest(self.mechanism.name)
         evaluated = first <= step <= last and self._aiming.take(latest, units)
         decided: list[tuple[Decision, Any]] = []
-        for policy in self.policies if units else []:
-            strength = self._strength(policy, step)
-            if strength <= 0:
-                continue
-            found = policy.decide(run, step, strength, units)
-            if trainer.world_size > 1:
-                found = trainer.strategy.broadcast(found)  # scores may differ in their last bits
+        for policy in self.policies:
+            found, outcome = self._asked(policy, step, units)
+            self._outcomes.note(policy, outcome)
             if found is None:
                 continue
             after = run.schedule.extended([found.operation], step)
@@ -322,10 +327,23 @@ class OnlineSteering(pl.Callback):
         if evaluated or step % max(int(trainer.log_every_n_steps), 1) == 0:  # type: ignore[attr-defined]
             self._log(trainer, module, step, in_batch=in_batch)
 
-    def _strength(self, policy: Policy, step: int) -> float:
+    def _asked(
+        self, policy: Policy, step: int, units: Sequence[Head]
+    ) -> tuple[Decision | None, Outcome]:
+        """What a policy decides, the same on all ranks; and what came of asking it."""
+        run = self._run
+        assert run is not None
         if not policy.is_on(step, "before" if self._window is None else self._window.phase):
-            return 0.0
-        return self._aiming.strength(policy.direction, step)
+            return None, "not active"
+        if not units:
+            return None, "no unit"
+        strength = self._aiming.strength(policy.direction, step)
+        if strength <= 0:
+            return None, "no push"
+        found = policy.decide(run, step, strength, units)
+        if run.trainer.world_size > 1:
+            found = run.trainer.strategy.broadcast(found)  # scores may differ in their last bits
+        return found, "nothing" if found is None else "acted"
 
     def _present_units(self) -> list[Head]:
         if not self._only_targets:
@@ -370,5 +388,6 @@ class OnlineSteering(pl.Callback):
         self._decided_step = self._seen_step = -1
         self._counts = {"masked": 0, "inserted": 0}
         self._aiming.forget()
+        self._outcomes.forget()
         for policy in self.policies:
             policy.forget()

@@ -53,7 +53,8 @@ class Aiming:
 
         Args:
             units: empty where they are known only later.
-            first, last: steps at which some policy may act.
+            first, last: steps of this fit at which some policy may act; none where the last is
+                before the first.
 
         Raises:
             ValueError: the target cannot tell what to aim at in these steps.
@@ -61,7 +62,8 @@ class Aiming:
         self._n_saturated = 0
         if self.target is not None:
             self.target.prepare(mechanism, units, self._over)
-            self.target.check_covers(first, last)
+            if first <= last:
+                self.target.check_covers(first, last)
 
     def take(self, latest: Measurement | None, units: Sequence[Head]) -> bool:
         """Ask the target, if this is an evaluation that it has not seen; whether it was."""

@@ -57,6 +57,10 @@ class Amplify(Policy):
     placement: Placement = "replace"
 
     needs_in_run_scores: ClassVar[bool] = True
+    why_nothing: ClassVar[str] = (
+        "the last recent_steps steps were never all scored with finite scores, or its share of "
+        "them is no sample, or the coming steps had no place; see recent_steps and share"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,8 +181,8 @@ class Amplify(Policy):
             self._warn(
                 "room",
                 f"{self.name}: at step {step} the next {window[1] - window[0]} steps have places "
-                f"for {room} samples, {len(wanted)} were to be inserted; the rest is left out. Lower "
-                "share or copies, or raise over_steps and every_n_steps",
+                f"for {room} samples, {len(wanted)} were to be inserted; the rest is left out. "
+                "Lower share or copies, or raise over_steps and every_n_steps",
             )
         return room
 

@@ -257,8 +257,18 @@ class Decisions:
             base: the plan that the steered run was given; None for a run without one.
 
         Raises:
-            ValueError: the run was given another plan.
+            ValueError: the run was given another plan, or went on here from another folder, where
+                its first decisions are.
         """
+        numbers = self.frame["decision"].unique()
+        n_known = max(int(numbers.max(initial=-1)) + 1, self.provenance.get("decided_before", 0))
+        missing = np.setdiff1d(np.arange(n_known), numbers)
+        if missing.size:
+            raise ValueError(
+                f"{self.folder} lacks {missing.size} of {n_known} decisions, the first of them "
+                f"number {missing[0]}: the run was resumed with another folder, or a part of the "
+                f"table is gone. {self.folder / PLAN_NAME} has the whole plan: Plan.load(...)"
+            )
         own = base or Plan()
         if own.content_hash != self.provenance["plan_hash"]:
             raise ValueError(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,12 @@ class FromScores(Policy):
     per_step: float = 1.0
     mode: Mode = "dispersed"
     placement: Placement = "replace"
+
+    why_nothing: ClassVar[str] = (
+        "no sample of the table's top share came in these steps, for a mask, or there was no whole "
+        "sample or no place for an insertion; see share, per_step, and in which steps the earlier "
+        "run scored"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,17 +17,20 @@ from mda_lightning.callbacks.steering.amplify import Amplify
 from mda_lightning.callbacks.steering.policies import Policy
 from mda_lightning.callbacks.steering.targets import Target
 from mda_lightning.callbacks.unit_monitor import UnitMonitor
+from mda_lightning.pretraining.run_folder import run_folder
 from mda_lightning.units import Head, parse_unit
 
 Units = Literal["all", "target"] | Sequence[str]
 
 
-def named(policies: Sequence[Policy]) -> list[Policy]:
+def named(given: Policy | Sequence[Policy]) -> list[Policy]:
     """The policies, those without a name called as their class, and numbered where there are more.
 
     Raises:
-        ValueError: none, or two of one name.
+        ValueError: none, something else, or two of one name.
     """
+    some = [given] if isinstance(given, Policy | str) or not isinstance(given, Iterable) else given
+    policies = list(some)
     if not policies:
         raise ValueError("policy=[]: give one or more, for example policy=Suppress(share=0.1)")
     for policy in policies:
@@ -40,7 +44,7 @@ def named(policies: Sequence[Policy]) -> list[Policy]:
     names = [policy.name for policy in policies]
     if len(set(names)) < len(names):
         raise ValueError(f"policies named {names}: give each a name of its own")
-    return list(policies)
+    return policies
 
 
 def check_directions(policies: Sequence[Policy], target: Target | None) -> None:
@@ -145,6 +149,18 @@ def monitor_of(trainer: pl.Trainer, me: pl.Callback, mechanism: str) -> UnitMoni
             else f"put UnitMonitor([{mechanism!r}]) before it in callbacks=[...]"
         )
     )
+
+
+def folder_of(trainer: pl.Trainer, me: pl.Callback, wanted: str | None) -> Path:
+    """Where steering writes: as told, else with a UnitMonitor before it, else with the ledger.
+
+    Without either it is ``mda/`` in the logger's folder.
+    """
+    before, _ = callbacks_before(trainer, me, UnitMonitor)
+    if wanted is None and before and before[0].folder is not None:
+        return before[0].folder
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return run_folder(trainer, wanted or data._ledger_folder)
 
 
 def window_of(trainer: pl.Trainer, me: pl.Callback, mechanism: str, why: str) -> CriticalWindow:

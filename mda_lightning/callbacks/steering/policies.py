@@ -83,6 +83,8 @@ class Policy(ABC):
 
     #: Whether it reads the scores of an InfluenceScoring in the same run.
     needs_in_run_scores: ClassVar[bool] = False
+    #: What it means that it was on and decided nothing, for people.
+    why_nothing: ClassVar[str] = "it decided on nothing"
 
     def __post_init__(self) -> None:
         self._when = When(self.active)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -60,6 +60,11 @@ class Suppress(Policy):
     damping: float = 0.1
     seed: int = 0
     score_batch_size: int = 16
+
+    why_nothing: ClassVar[str] = (
+        "its share of the batches never came to a whole sample, or no sample had a finite score; "
+        "see share"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
