@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 from test_datamodule import Recorder
+from tokenizers import Tokenizer
 
 from mda_lightning.cli import EXIT_ERROR, EXIT_OK, EXIT_USAGE, main
 from mda_lightning.corpora import TokenRows, rows_from_texts
@@ -76,7 +77,7 @@ def plan(*arguments: Any) -> int:
 
 
 def made(*arguments: Any, output: str = "plan.json") -> Plan:
-    assert plan(*arguments, "--output", output) == EXIT_OK
+    assert plan(*arguments, "--output", output, "--force") == EXIT_OK
     return Plan.load(output)
 
 
@@ -119,7 +120,7 @@ def test_masking_the_top_by_scores(
     by_scores = ["--scores", scores.folder.parent, "--unit", "L1H2", "--top", "10%"]
     assert plan("mask", *tied, *by_scores, "--window", "10:20", "--with-control", 2) == EXIT_OK
     out = capsys.readouterr().out
-    mask = Plan.load("plans/mask-top-L1H2.json")
+    mask = Plan.load("plans/mask-top-10-percent-L1H2-10-20.json")
     frame = scores.frame("L1H2")
     window = frame[(frame.step >= 10) & (frame.step < 20)]
     top = window.sort_values(["score", "sample_id"], ascending=[False, True]).sample_id[:4]
@@ -127,14 +128,14 @@ def test_masking_the_top_by_scores(
     by_hand = by_hand.bound(corpus_hash=corpus.content_hash, order=order, seed=0)
     assert mask.content_hash == by_hand.content_hash
     for number in (1, 2):
-        control = Plan.load(f"plans/mask-top-L1H2-random-{number}.json")
+        control = Plan.load(f"plans/mask-top-10-percent-L1H2-10-20-random-{number}.json")
         ids = set(control.treated_ids.tolist())
         assert len(ids) == 4 and ids <= met_in(order, WINDOW) and not ids & set(top)
         assert control.operations[0].steps == WINDOW
-        assert f"plans/mask-top-L1H2-random-{number}.json: random control" in out
+        assert f"plans/mask-top-10-percent-L1H2-10-20-random-{number}.json: random control" in out
     assert "4 of the 40 samples scored in steps 10:20" in out
     assert "4 of 40 places (10.00%)" in out and "run: 40 steps, as without" in out
-    assert 'TokenDataModule(rows, ..., plan="plans/mask-top-L1H2.json")' in out
+    assert 'TokenDataModule(rows, ..., plan="plans/mask-top-10-percent-L1H2-10-20.json")' in out
 
 
 @pytest.mark.parametrize("placement", ["shift", "replace"])
@@ -190,7 +191,7 @@ def test_an_unfinished_table_and_scores_that_are_not_finite_are_told(
     told = capsys.readouterr()
     assert told.err.startswith("mda-lightning: scores is not complete")
     assert "left out: 1 without a finite score" in told.out
-    assert Plan.load("plans/mask-top-L0H0.json").treated_ids.tolist() == [18, 19]
+    assert Plan.load("plans/mask-top-2-L0H0.json").treated_ids.tolist() == [18, 19]
 
 
 # -- other samples --------------------------------------------------------------------------------
@@ -445,6 +446,100 @@ def test_composing(order: BaseOrder, tied: list[str], here: Path) -> None:
     assert both.corpus_hash == a.corpus_hash and both.order == order and both.name == "c"
 
 
+def test_nothing_is_written_over_unless_told(
+    order: BaseOrder, tied: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = ["mask", *tied, "--window", "10:20"]
+    assert plan(*mask, "--random", "25%", "--with-control", 3) == EXIT_OK
+    name = "plans/mask-random-25-percent-10-20"
+    names = [f"{name}.json", *(f"{name}-random-{i}.json" for i in (1, 2, 3))]
+    before = [Path(one).read_bytes() for one in names]
+    assert plan(*mask, "--random", "25%", "--with-control", 3) == EXIT_OK  # the same again
+    # The plan, or one of its controls, would be another one.
+    other = [*mask, "--random", "5", "--output", f"{name}.json"]
+    assert "holds another plan" in refused(capsys, *other)
+    Path(names[2]).write_text("mine")
+    told = refused(capsys, *mask, "--random", "25%", "--with-control", 3)
+    assert f"{names[2]} holds something else, which is kept" in told and "--force" in told
+    assert Path(names[0]).read_bytes() == before[0] and Path(names[2]).read_text() == "mine"
+    assert plan(*mask, "--random", "25%", "--with-control", 3, "--force") == EXIT_OK
+    assert [Path(one).read_bytes() for one in names] == before
+    capsys.readouterr()
+    assert plan(*other, "--with-control", 2, "--force") == EXIT_OK
+    assert f"{names[3]} is a control of another plan" in capsys.readouterr().err
+    assert "holds another plan" in refused(capsys, "control", names[0], "--draws", 3, "--draw", 9)
+    made("prune", *tied, "--fraction", "5%", output="c.json")
+    told = refused(capsys, "compose", names[0], "--output", "c.json")
+    assert "c.json holds another plan" in told
+
+
+def test_new_samples_are_not_written_over_either(
+    corpus: TokenRows, tied: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = ["insert", *tied, "--generator", "repeated_tokens", "--steps", "10:20"]
+    assert plan(*new, "--rows", 3) == EXIT_OK and plan(*new, "--rows", 3) == EXIT_OK
+    name = "plans/insert-repeated_tokens-10-20"
+    before = TokenRows.open(f"{name}.samples").content_hash
+    assert "holds other samples, which are kept" in refused(capsys, *new, "--rows", 4)
+    assert sorted(os.listdir("plans")) == [
+        Path(f"{name}{end}").name for end in (".json", ".samples")
+    ]
+    assert TokenRows.open(f"{name}.samples").content_hash == before
+    assert plan(*new, "--rows", 4, "--force") == EXIT_OK
+    assert len(Plan.load(f"{name}.json").treated_ids) == 4
+    made("prune", *tied, "--fraction", "5%", output="taken.json")
+    assert "taken.json holds something else" in refused(
+        capsys, *new, "--rows", 4, "--output", "taken.json"
+    )
+
+
+def test_what_is_said_of_a_plan(
+    order: BaseOrder,
+    corpus: TokenRows,
+    tied: list[str],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(*arguments: Any) -> str:
+        capsys.readouterr()
+        assert plan(*arguments, "--output", "p.json", "--force") == EXIT_OK
+        told = capsys.readouterr()
+        return told.out + told.err
+
+    away = np.setdiff1d(np.arange(len(corpus)), order.at(np.arange(STEPS * BATCH)))[:2]
+    np.save(here / "one.npy", order.ids(3)[:1])
+    np.save(here / "away.npy", [*away, order.ids(3)[0]])
+    out = said("mask", *tied, "--ids", "one.npy")
+    assert "the 1 sample of one.npy" in out and "it stays in its batch" in out
+    assert "in the whole run: 1 of 160 places (0.62%)" in out
+    assert "tied to" not in out
+    times = ["--times", 3, "--steps", "0:9"]
+    out = said("duplicate", *tied, "--ids", "away.npy", *times)
+    assert "2 of the 3 samples are not in the run's base order, so they are seen once less" in out
+    assert f": {away[0]}, {away[1]}" in out
+    assert "base order, so" not in said("duplicate", *tied, "--ids", "one.npy", *times)
+    assert "tied to no corpus and no base order" in said("mask", "--ids", "one.npy")
+    out = said("mask", "--corpus", corpus.folder, "--ids", "one.npy")
+    assert "tied to no base order: what it meets in the run is not known" in out
+    out = said("replace", *tied, "--random", 2, "--window", "10:20")
+    by = Plan.load("p.json").operations[0].by.tolist()  # type: ignore[union-attr]
+    assert f"by {by[0]}, {by[1]}, one for one" in out and "drawn from the others" in out
+    n_tokens = 12 * 3 + 5  # three rows and five tokens, with the one that closes the text
+    tokenizer = Tokenizer.from_file(str(corpus.folder / "tokenizer.json"))
+    ids = tokenizer.encode("word1 greets name2 and goes. " * 20).ids[: n_tokens - 1]
+    (here / "new.txt").write_text(tokenizer.decode(ids))
+    n_made = len(tokenizer.encode((here / "new.txt").read_text()).ids) + 1
+    out = said("insert", *tied, "--texts", "new.txt", "--steps", "10:20")
+    share = n_made % 12 / n_made
+    assert f"left out: {n_made % 12} tokens too few for a row at the end of a" in out
+    assert f"({share:.2%} of the text)" in out
+    (here / "in.json").unlink(missing_ok=True)
+    window = ["--window", "10:20", "--placement", "replace"]
+    made("insert", *tied, "--random", 5, *window, output="in.json")
+    assert plan("control", "in.json") == EXIT_OK
+    assert Plan.load("in-matched.json").name == "in-matched"
+
+
 # -- misuse ---------------------------------------------------------------------------------------
 
 
@@ -569,6 +664,7 @@ def test_wrong_usage(
         (["replace", "--steps", "1:5"], "say what comes in"),
         (["replace", "--steps", "1:5", "--ids", "ids.txt", "--by-steps", "6:7"], "whole window"),
         (["show", "p.json", "--total-steps", "5"], "are of a --schedule"),
+        (["show", "p.json", "--figure", "a.pdf"], "the figure is a .png file"),
     ):
         assert message in refused(capsys, *arguments, code=EXIT_USAGE), arguments
 
@@ -581,7 +677,7 @@ def test_batches_without_weight_are_told(
     told = capsys.readouterr()
     assert "every sample of 1 step has weight 0" in told.err and ": 12" in told.err
     assert "most 4 of 4" in told.out
-    assert isinstance(Plan.load("plans/mask-ids.json").operations[0], Mask)
+    assert isinstance(Plan.load("plans/mask-ids-10-20.json").operations[0], Mask)
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

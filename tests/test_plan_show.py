@@ -18,6 +18,7 @@ from mda_lightning.cli import EXIT_ERROR, EXIT_OK, main
 from mda_lightning.corpora import TokenRows, rows_from_texts
 from mda_lightning.interventions import Insert, Mask, Plan, Prune, Replace
 from mda_lightning.recipes.plan_rates import Rates, rates_of
+from mda_lightning.recipes.plan_show import strip_lines
 from mda_lightning.schedule import INSERTED, REPLACED, BaseOrder, Schedule
 from mda_lightning.schedule import strip as strip_module
 from mda_lightning.schedule.strip import KINDS, Tally, run_steps, strip_of
@@ -289,6 +290,38 @@ def test_the_characters_of_a_strip_are_its_spans(
     assert set(strip[32:36]) <= {"▒", "▓"}
 
 
+def test_decisions_of_a_steered_run_are_told_in_a_line(
+    tied: BaseOrder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = [(step, step + 1) for step in range(100, 130)]
+    masks = [Mask(np.unique(tied.ids(s[0]))[:2], s, 0, "all", "run", online=True) for s in window]
+    inserts = [Insert([5, 6, 7], (s, s + 9), placement="replace", online=True) for s in (50, 60)]
+    plan = Plan((Mask([3], (0, 5)), *masks, *inserts)).bound(order=tied)
+    plan.save(tmp_path / "p.json")
+    out, _ = shown(capsys, tmp_path / "p.json")
+    told = [line for line in out.splitlines() if line.startswith(("  mask:", "  insert:"))]
+    assert len(told) == 3 and "30 decisions while the run went on" in told[1]
+    assert "in steps 100:130 (the run's own steps), 60 times a sample with weight 0" in told[1]
+    assert told[1].endswith("60 of 240 places (25.00%)")
+    assert "2 decisions while the run went on, in steps 50:69, 6 samples, dispersed" in told[2]
+    assert told[2].endswith("6 of 152 places (3.95%)")
+    away = Mask([int(tied.ids(7)[0])], (9, 10), 0, "all", "run", online=True)
+    Plan((*masks, away, away)).bound(order=tied).save(tmp_path / "q.json")
+    out, _ = shown(capsys, tmp_path / "q.json")
+    assert out.count("  ! ") == 1 and "2 samples of 2 masks decided while the run" in out
+
+
+@pytest.mark.parametrize("first", [3, 104])
+@pytest.mark.parametrize("n_steps", [1, 2, 5, 9, 14])
+def test_labels_of_an_axis_do_not_run_together(first: int, n_steps: int, tied: BaseOrder) -> None:
+    strip = strip_of(Schedule(tied, Plan.prune(0.5)), steps=(first, first + n_steps))
+    labels = strip_lines(strip)[-1].plain.split()
+    assert labels[0] == "step" and len(labels) in (3, 4)
+    numbers = [int(label) for label in labels[1:]]
+    assert numbers[0] == first and numbers[-1] == first + n_steps
+    assert first <= numbers[1] <= first + n_steps
+
+
 def test_what_has_no_effect_is_told(
     corpus: TokenRows, tied: BaseOrder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,7 +330,7 @@ def test_what_has_no_effect_is_told(
         tmp_path / "p.json"
     )
     out, _ = shown(capsys, tmp_path / "p.json")
-    assert "1 of the 2 samples of the mask are not in steps 0:10" in out and f": {away}" in out
+    assert "1 of the 2 samples of the mask is not in steps 0:10" in out and f": {away}" in out
 
 
 def test_a_plan_without_an_order(
@@ -306,6 +339,7 @@ def test_a_plan_without_an_order(
     Plan.insert([3, 4], steps=(2, 5)).save(tmp_path / "p.json")
     out, _ = shown(capsys, tmp_path / "p.json")
     assert "longer by 2 samples" in out and "give --run" in out
+    assert "--run or --corpus shows their texts" in out
     out, _ = shown(
         capsys, tmp_path / "p.json", "--corpus", corpus.folder, "--batch-size", 2, "--n-steps", 9
     )

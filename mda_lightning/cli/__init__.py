@@ -39,7 +39,7 @@ examples:
                                                 which samples promote which heads
   mda-lightning plan mask --run runs/mine --scores runs/mine/scores --unit L1H2 --top 10% \\
       --window 900:1400                         a plan: train without these samples
-  mda-lightning plan show plans/mask-top-L1H2.json
+  mda-lightning plan show plans/mask-top-10-percent-L1H2-900-1400.json
                                                 what a plan does to the stream
 
 exit codes: 0 done, 1 an error that the message names, 2 wrong usage, 130 interrupted

@@ -15,7 +15,14 @@ from mda_lightning.cli.plan_making import (
     add_prune,
     add_replace,
 )
-from mda_lightning.cli.plan_options import add_json, add_stream, output_of, span, stream_of
+from mda_lightning.cli.plan_options import (
+    add_force,
+    add_json,
+    add_stream,
+    output_of,
+    span,
+    stream_of,
+)
 from mda_lightning.cli.plan_output import add_command, print_written, told
 
 _DESCRIPTION = """\
@@ -107,6 +114,7 @@ def _add_control(plans: Commands) -> None:
     parser.add_argument(
         "--draw", type=int, default=0, metavar="N", help="draws count from N+1 (default: 0)"
     )
+    add_force(parser)
     add_stream(parser)
     add_json(parser)
 
@@ -122,6 +130,7 @@ def _add_compose(plans: Commands) -> None:
     parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--name", help="of the plan (default: of the file)")
+    add_force(parser)
     add_stream(parser)
     add_json(parser)
 
@@ -130,7 +139,7 @@ def _control(options: argparse.Namespace) -> int:
     from mda_lightning.interventions import Plan
     from mda_lightning.interventions.id_files import read_ids
     from mda_lightning.interventions.selection import excluded_ids
-    from mda_lightning.recipes import plan_make
+    from mda_lightning.recipes import plan_files, plan_make
     from mda_lightning.recipes.plan_stream import of_plan
 
     with told():
@@ -149,11 +158,15 @@ def _control(options: argparse.Namespace) -> int:
             treated=options.treated,
         )
         written = None
-        if matched.content_hash != plan.content_hash:
-            path = options.plan.with_name(f"{options.plan.stem}-matched.json")
+        paths = plan_files.control_paths(options.plan, options.draws)
+        changed = matched.content_hash != plan.content_hash
+        path = options.plan.with_name(f"{options.plan.stem}-matched.json")
+        matched = matched.bound(name=path.stem)
+        outputs = [*([(matched, path)] if changed else []), *zip(controls, paths, strict=True)]
+        plan_files.refuse_overwriting(outputs, force=options.force)
+        if changed:
             about = [f"train this one instead of {options.plan}: it takes the controls' places"]
             written = plan_make.write(matched, path, stream=stream, about=about)
-        paths = plan_make.control_paths(options.plan, options.draws)
         of_controls = [
             plan_make.write(control, path, stream=stream)
             for control, path in zip(controls, paths, strict=True)
@@ -167,7 +180,7 @@ def _compose(options: argparse.Namespace) -> int:
     from operator import or_
 
     from mda_lightning.interventions import Plan
-    from mda_lightning.recipes import plan_make
+    from mda_lightning.recipes import plan_files, plan_make
 
     with told():
         output = output_of(options, "")
@@ -180,6 +193,7 @@ def _compose(options: argparse.Namespace) -> int:
             f"composed of {', '.join(map(str, options.plans))}; places are drawn anew for the "
             f"whole, with seed {seed or 0}"
         ]
+        plan_files.refuse_overwriting([(whole, output)], force=options.force)
         written = plan_make.write(whole, output, stream=stream_of(options), about=about)
         print_written(written, as_json=options.json)
     return EXIT_OK
@@ -254,6 +268,8 @@ def _show(options: argparse.Namespace) -> int:
         for one in (options.total_steps, options.learning_rate, options.warmup_steps)
     ):
         options.usage("--total-steps, --learning-rate and --warmup-steps are of a --schedule")
+    if options.figure is not None and options.figure.suffix != ".png":
+        options.usage(f"--figure {options.figure}: the figure is a .png file")
     console = Console(width=options.width)
     with told():
         shown = show(

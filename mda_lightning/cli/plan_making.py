@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -176,6 +177,7 @@ def _insert(options: argparse.Namespace) -> int:
 
 def _duplicate(options: argparse.Namespace) -> int:
     from mda_lightning.interventions import Plan
+    from mda_lightning.recipes import plan_make
 
     with told():
         stream = stream_of(options)
@@ -186,6 +188,8 @@ def _duplicate(options: argparse.Namespace) -> int:
             choice.ids, options.times, steps=steps, mode=options.mode, placement=options.placement
         )
         more = f"each is seen {options.times} times where the base order has it once"
+        if stream.order is not None and (away := plan_make.never_met(choice.ids, stream.order)):
+            warnings.warn(away, stacklevel=1)
         return _write(options, plan, choice, stream, output, more)
 
 
@@ -211,16 +215,20 @@ def _replace(options: argparse.Namespace) -> int:
             stream=stream,
             draw=options.draw,
         )
-        return _write(options, plan, choice, stream, output)
+        drawn = choice is not None and not choice.sources and options.by is None
+        more = "what comes in is drawn from the others that could have been chosen" if drawn else ""
+        return _write(options, plan, choice, stream, output, more)
 
 
 def _prune(options: argparse.Namespace) -> int:
     from mda_lightning.interventions import Plan
+    from mda_lightning.recipes.plan_files import name_of_plan
 
     with told():
         stream = stream_of(options)
         plan = Plan.prune(options.fraction, options.steps, weight=options.weight, draw=options.draw)
-        output = output_of(options, f"prune-{100 * options.fraction:.4g}-percent")
+        name = f"prune-{100 * options.fraction:.4g}-percent"
+        output = output_of(options, name_of_plan(name, "", options.steps))
         return _write(options, plan, None, stream, output)
 
 
@@ -247,7 +255,7 @@ def _write(
     more: str = "",
 ) -> int:
     from mda_lightning.interventions.selection import excluded_ids
-    from mda_lightning.recipes import plan_make
+    from mda_lightning.recipes import plan_files, plan_make
 
     name = options.name or output.stem
     plan = plan_make.bound(plan, choice, stream, draw=options.draw, name=name)
@@ -266,8 +274,11 @@ def _write(
     if choice is not None and choice.left_out:
         about.append(f"left out: {', '.join(choice.left_out)}")
     about += [more] if more else []
+    paths = plan_files.control_paths(output, n_controls)
+    outputs = [(plan, output), *zip(controls, paths, strict=True)]
+    plan_files.refuse_overwriting(outputs, force=options.force)
     written = plan_make.write(plan, output, stream=stream, about=about)
-    paths = plan_make.control_paths(output, n_controls)
+    written.warnings.extend(plan_files.controls_of_others(plan, output, paths))
     of_controls = [
         plan_make.write(control, path, stream=stream)
         for control, path in zip(controls, paths, strict=True)

@@ -136,7 +136,14 @@ def add_output(parser: argparse.ArgumentParser, *, controls: bool = True) -> Non
     )
     parser.add_argument("--name", help="of the plan (default: what it does, to which samples)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: plans/NAME.json")
+    add_force(parser)
     add_json(parser)
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", help="write over files that hold something else"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +216,9 @@ def choice_of(
 ) -> tuple[Choice | None, Path]:
     """What :func:`add_samples` was told, or None; and the plan's file."""
     from mda_lightning.recipes import plan_choice
+    from mda_lightning.recipes.plan_files import name_of_plan, refuse
 
+    steps = window_of(options)
     filters = _filters(options)
     _check_usage(options)
     found: Choice | None = None
@@ -217,14 +226,18 @@ def choice_of(
     if kind is not None:
         what = getattr(options, kind)
         name = plan_choice.name_of(kind, what)
-        output = output_of(options, f"{action}-{name}")
+        output = output_of(options, name_of_plan(action, name, steps))
+        folder = output.with_suffix(plan_choice.SAMPLES_SUFFIX)
+        if output.exists() and not folder.exists() and not options.force:
+            refuse(output, None)
         found = plan_choice.from_elsewhere(
             kind,
             what,
-            output.with_suffix(plan_choice.SAMPLES_SUFFIX),
+            folder,
             stream=stream,
             n_rows=options.rows,
             draw=options.draw,
+            force=options.force,
         )
         return found, output
     if options.scores is not None:
@@ -245,7 +258,8 @@ def choice_of(
         found = plan_choice.at_random(
             options.random, stream=stream, filters=filters, draw=options.draw
         )
-    return found, output_of(options, action if found is None else f"{action}-{found.name}")
+    samples = "" if found is None else found.name
+    return found, output_of(options, name_of_plan(action, samples, steps, options.window))
 
 
 def output_of(options: argparse.Namespace, name: str) -> Path:

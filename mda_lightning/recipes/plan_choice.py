@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -32,6 +33,7 @@ from mda_lightning.interventions.selection import (
     samples_of,
     select,
 )
+from mda_lightning.recipes.plan_numbers import counted
 from mda_lightning.recipes.plan_stream import BaseStream
 from mda_lightning.shuffling import key_of, keyed_order
 
@@ -53,6 +55,11 @@ class Amount:
     def words(self) -> str:
         """``"10%"``, or ``"500"``."""
         return f"{100 * (self.fraction or 0):.4g}%" if self.count is None else f"{self.count:,}"
+
+    @property
+    def name(self) -> str:
+        """``"10-percent"``, or ``"500"``: for a file."""
+        return self.words.replace("%", "-percent").replace(",", "")
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,8 @@ def by_scores(
         left_out.append(f"{found.n_not_finite:,} without a finite score")
     if found.n_foreign:
         left_out.append(f"{found.n_foreign:,} that are no rows of the base corpus")
-    name = f"{which}-{'+'.join(units) if len(units) <= 3 else f'{len(units)}-units'}"
+    of_units = "+".join(units) if len(units) <= 3 else f"{len(units)}-units"
+    name = f"{which}-{amount.name}-{of_units}"
     if rows_of is not None:
         words += f", rows of {rows_of.folder}"
         found = found.rows_of(Source.of(rows_of))
@@ -178,7 +186,8 @@ def from_file(path: Path, *, stream: BaseStream, filters: Filters) -> Choice:
     if stream.order is not None and filters.window is not None:
         pool = np.setdiff1d(samples_of(stream.order, filters.window), excluded)
     source = {"ids": str(path), "excluded": len(named) - len(ids), "chosen": len(ids)}
-    words = f"the {len(ids):,} samples of {path}{_conditions(Filters(exclude=filters.exclude))}"
+    without = _conditions(Filters(exclude=filters.exclude))
+    words = f"the {counted(len(ids), 'sample')} of {path}{without}"
     return Choice(ids, words, source, pool=pool, name=path.stem)
 
 
@@ -212,8 +221,8 @@ def at_random(amount: Amount, *, stream: BaseStream, filters: Filters, draw: int
         "domains": list(filters.domains),
         "exclude_domains": list(filters.exclude_domains),
     }
-    words = f"{count:,} random samples of the {len(pool):,}{_conditions(filters)}"
-    return Choice(ids, words, source, pool=pool, name="random")
+    words = f"{counted(count, 'random sample')} of the {len(pool):,}{_conditions(filters)}"
+    return Choice(ids, words, source, pool=pool, name=f"random-{amount.name}")
 
 
 def from_elsewhere(
@@ -224,8 +233,12 @@ def from_elsewhere(
     stream: BaseStream,
     n_rows: int | None = None,
     draw: int = 0,
+    force: bool = False,
 ) -> Choice:
     """Samples that the corpus does not hold, made into rows in ``folder``.
+
+    Args:
+        force: write over other rows that are there.
 
     Raises:
         ValueError: no corpus that tells their length and vocabulary, another folder of that name,
@@ -237,27 +250,41 @@ def from_elsewhere(
             "--corpus, or with --run where it still lies where the run found it"
         )
     _refuse_another_folder(folder)
-    base = stream.rows
-    if kind == "texts":
-        rows = inserted_from_texts(folder, what, base=base)
-    elif kind == "tokens":
-        rows = inserted_from_tokens(folder, what, base=base)
-    else:
-        if n_rows is None:
-            raise ValueError("--generator makes as many rows as it is told; add --rows N")
+    if kind == "generator" and n_rows is None:
+        raise ValueError("--generator makes as many rows as it is told; add --rows N")
+
+    def made(place: Path) -> TokenRows:
+        base = stream.rows
+        assert base is not None
+        if kind == "texts":
+            return inserted_from_texts(place, what, base=base)
+        if kind == "tokens":
+            return inserted_from_tokens(place, what, base=base)
         with _importing_from_here():
-            rows = inserted_from_generator(folder, what, base=base, n_rows=n_rows, seed=draw)
+            return inserted_from_generator(place, what, base=base, n_rows=n_rows or 0, seed=draw)
+
+    rows = made(folder) if force or not folder.exists() else _same_as_there(folder, made)
     own = Source.of(rows, name=name_of(kind, what))
     ids = own.ids()
     if n_rows is not None and n_rows < len(ids):
         ids = ids[:n_rows]
-    words = f"{len(ids):,} rows of {rows.row_length} tokens from {what} (kept in {folder})"
+    words = f"{counted(len(ids), 'row')} of {rows.row_length} tokens from {what} (kept in {folder})"
+    left_out = []
+    if len(ids) < own.n_rows:
+        left_out.append(f"{counted(own.n_rows - len(ids), 'row')} more than --rows")
+    if dropped := sum((rows.provenance.get("dropped_tokens") or {}).values()):
+        share = dropped / (dropped + rows.row_length * own.n_rows)
+        left_out.append(
+            f"{counted(dropped, 'token')} too few for a row at the end of a domain ({share:.2%} of "
+            "the text)"
+        )
     return Choice(
         ids,
         words,
         {kind: what, **rows.provenance},
         sources=(own,),
         name=name_of(kind, what),
+        left_out=left_out,
     )
 
 
@@ -304,6 +331,19 @@ def _importing_from_here() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def _same_as_there(folder: Path, made: Callable[[Path], TokenRows]) -> TokenRows:
+    """The rows in ``folder``, which a plan may name, if they are those that would be made."""
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        wanted = made(Path(aside) / "rows").content_hash
+    there = TokenRows.open(folder)
+    if there.content_hash != wanted:
+        raise ValueError(
+            f"{folder} holds other samples, which are kept; give another --output or --name, or "
+            "--force to write over them"
+        )
+    return there
 
 
 def _refuse_another_folder(folder: Path) -> None:

@@ -10,18 +10,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.progress import track
 
+from mda_lightning.base_order import BaseOrder
 from mda_lightning.interventions import Operation, Plan, Replace
 from mda_lightning.interventions.from_scores import Side, treat, with_random_controls
 from mda_lightning.interventions.id_files import read_ids
 from mda_lightning.interventions.operations import Steps
 from mda_lightning.interventions.selection import samples_of
 from mda_lightning.recipes.plan_choice import Choice
-from mda_lightning.recipes.plan_numbers import numbers_of, warnings_of, words_of
+from mda_lightning.recipes.plan_numbers import counted, numbers_of, some, warnings_of, words_of
 from mda_lightning.recipes.plan_stream import BaseStream, of_plan
 from mda_lightning.sample_ids import split_ids
 from mda_lightning.schedule import Schedule
 
+_PLACES_AT_ONCE = 2**20
 _MOST_PLACES = 2**22
 """Beyond which a plan's places are counted by ``plan show`` only."""
 
@@ -127,7 +130,8 @@ def write(plan: Plan, path: Path, *, stream: BaseStream, about: Sequence[str] = 
         _check_rows(plan, len(stream.rows))
     numbers, _ = numbers_of(plan, schedule)
     saved = plan.save(path)
-    return Written(saved, plan, numbers, [*about, *words_of(numbers), *more], warnings_of(numbers))
+    words = [*about, *words_of(numbers), *_untied(plan), *more]
+    return Written(saved, plan, numbers, words, warnings_of(numbers))
 
 
 def with_controls(
@@ -186,16 +190,39 @@ def _drawn_from(op: Operation, whole: Steps) -> Steps:
     return op.steps
 
 
-def control_paths(path: Path, n_controls: int) -> list[Path]:
-    """Where the controls of a plan file go: ``<plan>-random.json``, or numbered from 1."""
-    if n_controls < 1:
-        return []
-    if n_controls == 1:
-        return [path.with_name(f"{path.stem}-random{path.suffix}")]
-    return [
-        path.with_name(f"{path.stem}-random-{number}{path.suffix}")
-        for number in range(1, n_controls + 1)
-    ]
+def never_met(ids: NDArray[np.int64], order: BaseOrder) -> str:
+    """A warning of samples that a run meets only where they are inserted, or ""."""
+    n_places = order.n_steps * order.batch_size
+    left = np.sort(ids)
+    if n_places >= order.n_rows:
+        return ""
+    parts = range(0, n_places, _PLACES_AT_ONCE)
+    for start in track(parts, "looking for the samples", transient=True, disable=len(parts) < 20):
+        if not left.size:
+            return ""
+        end = min(start + _PLACES_AT_ONCE, n_places)
+        left = np.setdiff1d(left, order.at(np.arange(start, end, dtype=np.int64)))
+    if not left.size:
+        return ""
+    are = "is" if len(left) == 1 else "are"
+    them = "it is" if len(left) == 1 else "they are"
+    return (
+        f"{len(left):,} of the {counted(len(ids), 'sample')} {are} not in the run's base order, so "
+        f"{them} seen once less: {some(left)}"
+    )
+
+
+def _untied(plan: Plan) -> list[str]:
+    """What the plan is not checked against."""
+    how = "give --run, or --corpus with --batch-size and --n-steps"
+    if plan.corpus_hash is None:
+        return [
+            f"tied to no corpus{' and no base order' if plan.order is None else ''}: whether its "
+            f"samples exist, and are those that are meant, is not known; {how}"
+        ]
+    if plan.order is None:
+        return [f"tied to no base order: what it meets in the run is not known; {how}"]
+    return []
 
 
 def _check_rows(plan: Plan, n_rows: int) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mda_lightning.base_order import BaseOrder
 from mda_lightning.interventions import Insert, Mask, Operation, Plan, Prune, Replace
 from mda_lightning.schedule import Schedule
 from mda_lightning.schedule.strip import KINDS, OperationCount, Strip, strip_of
 
 _NAMED = 10
 _SHOWN = 10  # operations
+_LISTED = 3  # samples, within a sentence
 
 _WHAT = {
     "masked": "masked",
@@ -54,8 +57,7 @@ def numbers_of(
         "source": json.loads(json.dumps(dict(plan.source), default=str)),
         "sources": [source.describe() for source in plan.sources],
         "operations": [
-            _operation(op, count, None if order is None else order.batch_size)
-            for op, count in zip(plan.operations, counts, strict=True)
+            _operation(op, count, order) for op, count in zip(plan.operations, counts, strict=True)
         ],
         "by_shift": sum(
             op.count for op in plan.operations if isinstance(op, Insert) and op.placement == "shift"
@@ -99,11 +101,17 @@ def spans_of(strip: Strip) -> dict[str, Any]:
 
 def words_of(numbers: Mapping[str, Any]) -> list[str]:
     """The numbers as sentences, a line each: what is done, then what comes of it."""
-    operations = numbers["operations"]
+    operations, decided = [], dict[tuple[str, ...], list[Any]]()
+    for operation in numbers["operations"]:
+        if operation.get("online"):  # of which a run that was steered has one for each decision
+            decided.setdefault(_alike(operation), []).append(operation)
+        else:
+            operations.append(operation)
     lines = [operation["words"] for operation in operations[:_SHOWN]]
-    if len(operations) > _SHOWN:  # a run that was steered has one for each decision
+    if len(operations) > _SHOWN:
         more = Counter(operation["operation"] for operation in operations[_SHOWN:])
-        lines.append("and " + ", ".join(f"{_n(n, kind)} more" for kind, n in more.items()))
+        lines.append("and " + ", ".join(f"{counted(n, kind)} more" for kind, n in more.items()))
+    lines += [_decided(alike, numbers) for alike in decided.values()]
     lines += _of_the_run(numbers)
     for kind, told in numbers.get("a_step", {}).items():
         first, last = told["steps"]
@@ -117,29 +125,73 @@ def words_of(numbers: Mapping[str, Any]) -> list[str]:
 def warnings_of(numbers: Mapping[str, Any]) -> list[str]:
     """What is probably not meant."""
     found: list[str] = []
+    decided = list[Any]()
     for operation in numbers["operations"]:
         unmet = operation.get("unmet", 0)
-        if unmet and len(found) < _SHOWN:
+        if unmet and operation.get("online"):
+            decided.append(operation)
+        elif unmet and len(found) < _SHOWN:
             named = ", ".join(map(str, operation["unmet_ids"]))
             more = ", ..." if unmet > len(operation["unmet_ids"]) else ""
             where = _steps(operation["steps"])
             found.append(
-                f"{unmet:,} of the {operation['samples']:,} samples of the "
-                f"{operation['operation']} are not in {where}, where it has no effect on them: "
-                f"{named}{more}"
+                f"{unmet:,} of the {counted(operation['samples'], 'sample')} of the "
+                f"{operation['operation']} {'is' if unmet == 1 else 'are'} not in {where}, where "
+                f"it has no effect on {'it' if unmet == 1 else 'them'}: {named}{more}"
             )
+    if decided:
+        unmet = sum(operation["unmet"] for operation in decided)
+        found.append(
+            f"{counted(unmet, 'sample')} of {counted(len(decided), 'mask')} decided while the run "
+            f"went on {'is' if unmet == 1 else 'are'} not in the steps that they are about, the "
+            f"first of them in {_steps(decided[0]['steps'])}: {decided[0]['unmet_ids'][0]}"
+        )
     empty = numbers.get("fully_masked", {"steps": 0})
     if empty["steps"]:
         named = ", ".join(map(str, empty["first"]))
         more = ", ..." if empty["steps"] > len(empty["first"]) else ""
         found.append(
-            f"every sample of {_n(empty['steps'], 'step')} has weight 0, so the gradient is zero "
-            f"there (weight decay and momentum still act): {named}{more}"
+            f"every sample of {counted(empty['steps'], 'step')} has weight 0, so the gradient is "
+            f"zero there (weight decay and momentum still act): {named}{more}"
         )
     return found
 
 
-def _operation(op: Operation, count: OperationCount | None, batch: int | None) -> dict[str, Any]:
+def _alike(operation: Mapping[str, Any]) -> tuple[str, ...]:
+    """What decisions have in common that are told together."""
+    fields = ("operation", "weight", "clock", "mode", "placement", "copies")
+    return tuple(str(operation.get(field)) for field in fields)
+
+
+def _decided(alike: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any]) -> str:
+    """Decisions of one kind in a line."""
+    one = alike[0]
+    if len(alike) == 1:
+        return str(one["words"])
+    first = min(operation["steps"][0] for operation in alike)
+    last = max(operation["steps"][1] for operation in alike)
+    what = f"{counted(len(alike), 'decision')} while the run went on, in steps {first}:{last}"
+    n_samples = sum(operation["samples"] for operation in alike)
+    order = numbers["order"]
+    share = ""
+    if "places" in one and order is not None:
+        n_places = (last - first) * order["batch_size"]
+        places = sum(operation["places"] for operation in alike)
+        share = f": {places:,} of {n_places:,} places ({places / n_places:.2%})"
+    if one["operation"] == "mask":
+        clock = " (the run's own steps)" if one["clock"] == "run" else ""
+        each = f"{n_samples:,} times a sample with weight {one['weight']:g}"
+        return f"mask: {what}{clock}, {each}{share}"
+    times = "" if one["copies"] == 1 else f" {one['copies']} times each"
+    then = ", later data moves back"
+    if one["placement"] == "replace":
+        then = f", in the places of random base samples{share}"
+    return f"insert: {what}, {counted(n_samples, 'sample')}{times}, {one['mode']}{then}"
+
+
+def _operation(
+    op: Operation, count: OperationCount | None, order: BaseOrder | None
+) -> dict[str, Any]:
     told = {key: value for key, value in op.describe().items() if key not in ("sample_ids", "by")}
     told["samples"] = len(op.named_ids)
     ids: Any = getattr(op, "sample_ids", None)
@@ -154,23 +206,26 @@ def _operation(op: Operation, count: OperationCount | None, batch: int | None) -
         if count.met.size:
             unmet = count.unmet
             told |= {"unmet": len(unmet), "unmet_ids": unmet[:_NAMED].tolist()}
-    told["words"] = _words(op, count, batch)
+    told["words"] = _words(op, count, order)
     return told
 
 
-def _words(op: Operation, count: OperationCount | None, batch: int | None) -> str:
+def _words(op: Operation, count: OperationCount | None, order: BaseOrder | None) -> str:
     where, share = _steps(op.steps), ""
-    if count is not None and batch is not None and op.steps is not None:
-        n_places = (op.steps[1] - op.steps[0]) * batch
-        if not (isinstance(op, Mask) and op.occurrences == "all"):
-            share = f": {count.places:,} of {n_places:,} places ({count.places / n_places:.2%})"
+    if count is not None and order is not None:
+        first, last = op.steps or (0, order.n_steps)
+        n_places = (last - first) * order.batch_size
+        share = f": {count.places:,} of {n_places:,} places ({count.places / n_places:.2%})"
+        if isinstance(op, Mask) and op.occurrences == "all":
+            share = f": {counted(count.places, 'place')}"
     online = ", decided while the run went on" if getattr(op, "online", False) else ""
     if isinstance(op, Mask):
         also = ", where they were inserted too" if op.occurrences == "all" else ""
         clock = " (the run's own steps)" if op.clock == "run" else ""
         return (
-            f"mask: {_n(len(op.sample_ids), 'sample')} with weight {op.weight:g} in "
-            f"{where}{clock}{also}{share}{online}; they stay in their batches"
+            f"mask: {counted(len(op.sample_ids), 'sample')} with weight {op.weight:g} in "
+            f"{where}{clock}{also}{share}{online}; "
+            + ("they stay in their batches" if len(op.sample_ids) > 1 else "it stays in its batch")
         )
     if isinstance(op, Insert):
         times = "" if op.copies == 1 else f" {op.copies} times each"
@@ -182,15 +237,20 @@ def _words(op: Operation, count: OperationCount | None, batch: int | None) -> st
         )
         if op.placement == "shift":
             share = ""
-        return f"insert: {_n(len(op.sample_ids), 'sample')}{times}, {how}, {then}{share}{online}"
+        return (
+            f"insert: {counted(len(op.sample_ids), 'sample')}{times}, {how}, {then}{share}{online}"
+        )
     if isinstance(op, Prune):
         return (
             f"prune: a random {100 * op.fraction:.4g}% of {where} with weight {op.weight:g}{share}"
         )
     if op.sample_ids is not None:
-        return f"replace: {_n(len(op.sample_ids), 'sample')} in {where} by as many others{share}"
+        assert op.by is not None
+        others = f"by {some(op.by)}, one for one" if len(op.by) > 1 else f"by {op.by[0]}"
+        return f"replace: {counted(len(op.sample_ids), 'sample')} in {where} {others}{share}"
     if op.by is not None:
-        coming = f"{_n(len(np.unique(op.by)), 'sample')}, again and again"
+        own = np.unique(op.by)
+        coming = f"{counted(len(own), 'sample')} ({some(own)}), again and again"
     else:
         coming = f"those of {_steps(op.by_steps)}"
     return f"replace: all samples of {where} by {coming}{share}"
@@ -205,14 +265,20 @@ def _of_the_run(numbers: Mapping[str, Any]) -> list[str]:
     if not by_shift:
         return [f"run: {run['steps']:,} steps, as without the plan; data keeps its steps"]
     return [
-        f"run: {run['base_steps']:,} -> {run['steps']:,} steps: {_n(by_shift, 'insertion')} by "
-        f"shift / batch {run['batch_size']}"
+        f"run: {run['base_steps']:,} -> {run['steps']:,} steps: {counted(by_shift, 'insertion')} "
+        f"by shift / batch {run['batch_size']}"
     ]
+
+
+def some(ids: NDArray[np.int64]) -> str:
+    """The first few of them."""
+    return ", ".join(map(str, ids[:_LISTED].tolist())) + (", ..." if len(ids) > _LISTED else "")
 
 
 def _steps(window: Any) -> str:
     return "the whole run" if window is None else f"steps {window[0]}:{window[1]}"
 
 
-def _n(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """``"1 sample"``, ``"1,234 samples"``."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -16,7 +16,7 @@ from mda_lightning.files import atomic_path
 from mda_lightning.interventions import Plan
 from mda_lightning.interventions.operations import Steps
 from mda_lightning.interventions.sources import Source, describe_id
-from mda_lightning.recipes.plan_numbers import numbers_of, spans_of, warnings_of, words_of
+from mda_lightning.recipes.plan_numbers import counted, numbers_of, spans_of, warnings_of, words_of
 from mda_lightning.recipes.plan_rates import Rates, rates_of
 from mda_lightning.recipes.plan_stream import BaseStream, base_stream, of_plan
 from mda_lightning.schedule import Schedule
@@ -111,8 +111,10 @@ def strip_lines(strip: Strip) -> list[Text]:
         line.append(f"  █ {most:.3g} of a span", "dim")
         lines.append(line)
     first, middle, last = (int(strip.edges[i]) for i in (0, n // 2, n))
-    axis = f"{first:<{n // 2}}{middle:<{max(1, n - n // 2)}}{last}"
-    lines.append(Text(f"{'step':<{_LABEL}}{axis}", "dim"))
+    axis = str(first)
+    if len(axis) < n // 2 and n // 2 + len(str(middle)) < n:
+        axis = f"{axis:<{n // 2}}{middle}"
+    lines.append(Text(f"{'step':<{_LABEL}}{axis:<{n - 1}} {last}", "dim"))
     return lines
 
 
@@ -274,7 +276,7 @@ def _print(
     for words in _rate_lines(numbers["rates"], numbers) if "rates" in numbers else ():
         line(f"  {words}")
     for source in plan.sources:
-        line(f"  source {source.name!r}: {source.n_rows:,} rows, {_state(source)}")
+        line(f"  source {source.name!r}: {counted(source.n_rows, 'row')}, {_state(source)}")
     for words in numbers["warnings"]:
         line(f"  ! {words}", "bold red")
     for part in (strip, zoomed):
@@ -291,6 +293,8 @@ def _print(
     shown = [one for one in numbers["examples"] if one["text"]] or numbers["examples"]
     if shown:
         line("")
+    if shown and not any(one["text"] for one in shown):
+        line("  some of the samples; --run or --corpus shows their texts", "dim")
     room = max(console.width - 30, _LEAST)
     for one in shown:
         cut = one["text"] if len(one["text"]) <= room else f"{one['text'][: room - 3]}..."
