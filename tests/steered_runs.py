@@ -38,10 +38,12 @@ def amplify(**settings: Any) -> Amplify:
     return Amplify(**(defaults | settings))
 
 
-def earlier_scores(folder: Path) -> Path:
+def earlier_scores(folder: Path, *, least: float | None = None) -> Path:
     """A table of made-up scores of all samples of the corpus, for both units."""
     rng = np.random.default_rng(3)
     values = rng.normal(size=(N_ROWS, len(UNITS), 3)).astype(np.float32)
+    if least is not None:
+        values = np.abs(values) + least
     ids = np.arange(N_ROWS)
     ScoreTable.write(
         folder / "earlier",

@@ -26,7 +26,7 @@ from steered_runs import (
 from training import assert_bit_identical, fit, training_state
 
 from mda_lightning.callbacks import OnlineSteering
-from mda_lightning.callbacks.steering import Decisions, FromScores, ReachLevel
+from mda_lightning.callbacks.steering import Decisions, DelayLevel, FromScores, ReachLevel
 from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.influence import replay_scores
 from mda_lightning.influence.inverse_probes import CurvatureSettings, inverse_probes
@@ -123,7 +123,7 @@ def test_suppress_masks_what_replay_ranks_first_at_the_weights_before_the_step(
     _, _, data = steered(tmp_path, rows, policy, kept, accumulate=accumulate, in_run=False)
     decisions = Decisions.open(tmp_path)
     base = data.schedule.order
-    model, ihvp = MovingModule().net["lm"].eval(), None
+    model, ihvp, carry = MovingModule().net["lm"].eval(), None, 0.0
     for step in range(STEPS):
         model.load_state_dict(kept.before[step])
         if step % 4 == 0:
@@ -138,10 +138,11 @@ def test_suppress_masks_what_replay_ranks_first_at_the_weights_before_the_step(
         ids = np.sort(base.ids(step))
         tokens = [torch.from_numpy(rows.get(group)) for group in (ids[:4], ids[4:])]
         scores = replay_scores(model, ihvp, tokens).values.double().sum((1, 2)).numpy()
-        # 2.4 samples a step: what is not whole is carried over.
-        count = 24 * (step + 1) // 10 - 24 * step // 10
-        order = np.argsort(-scores if which == "top" else scores)
-        expected = np.sort(ids[order[:count]])
+        # 2.4 samples a step, what is not whole is carried over; none of the other sign.
+        wanted = 2.4 + carry
+        order = np.argsort(-scores if which == "top" else scores)[: int(wanted + 1e-6)]
+        expected = np.sort(ids[order[scores[order] > 0 if which == "top" else scores[order] < 0]])
+        carry = min(wanted - len(expected), 1.0)
         frame = decisions.frame[decisions.frame["decided_at"] == step]
         assert sorted(frame["sample_id"]) == expected.tolist()
         own = dict(zip(ids, scores, strict=True))
@@ -231,6 +232,89 @@ def test_from_scores_masks_and_inserts_by_the_earlier_table(tmp_path: Path) -> N
     expected = [ranked[np.arange(a, b) % 6] for a, b in ((0, 5), (5, 11), (11, 16), (16, 19))]
     for (_, part), ids in zip(frame.groupby("decision"), expected, strict=True):
         assert sorted(part["sample_id"]) == sorted(ids.tolist())
+
+
+def test_a_mask_from_scores_ends_with_its_span_or_its_push(tmp_path: Path) -> None:
+    """And leaves alone what is inserted later, what the plan masks, and what another masked."""
+    rows = corpus(tmp_path)
+    table = str(earlier_scores(tmp_path, least=0.1))
+
+    def masked(folder: str, *policy: Any, **settings: Any) -> list[int]:
+        _, _, data = steered(tmp_path / folder, rows, policy, in_run=False, **settings)
+        batches = [data.schedule.batch(step) for step in range(STEPS)]
+        return [int((batch.weights == 0).sum()) for batch in batches]
+
+    whole = [BATCH if 2 <= step < 4 else 0 for step in range(STEPS)]
+    assert masked("a", FromScores(table, "mask", share=1.0, active=(2, 4))) == whole
+    late = DelayLevel(1.0, until_step=3, near=0.0)
+    ends = [BATCH if step < 3 else 0 for step in range(STEPS)]
+    assert masked("b", FromScores(table, "mask", share=1.0), target=late) == ends
+    named = np.arange(300)
+    plan = Plan.mask(named, (2, 3)) | Plan.mask(named[::2], (5, 6))
+    first = FromScores(table, "mask", share=0.5, name="first", active=(3, 9))
+    both = [first, FromScores(table, "mask", share=1.0, active=(2, 9))]
+    counts = masked("c", *both, plan=plan)
+    assert counts[2:9] == [BATCH] * 7
+    frame = Decisions.open(tmp_path / "c").frame
+    # A place is in the table once, and not where the plan had masked it.
+    assert not frame.duplicated(["run_step", "slot"]).any() and frame["run_step"].notna().all()
+    assert 2 not in set(frame["run_step"])
+    of_five = (frame["run_step"] == 5).sum()
+    assert of_five == (steered_base(rows).ids(5) % 2 == 1).sum()
+
+
+def steered_base(rows: Any) -> Any:
+    return TokenDataModule(rows, batch_size=BATCH, n_steps=STEPS, seed=2).schedule.order
+
+
+def test_what_an_insertion_from_scores_puts_ends_with_its_span(tmp_path: Path) -> None:
+    rows = corpus(tmp_path)
+    table = str(earlier_scores(tmp_path))
+    inserts = FromScores(table, "insert", active=(2, 5), every_n_steps=50, per_step=2.0)
+    _, _, data = steered(tmp_path, rows, inserts, in_run=False)
+    counts = [int((data.schedule.batch(s).provenance == INSERTED).sum()) for s in range(STEPS)]
+    assert sum(counts[2:5]) == sum(counts) == 6
+
+
+@pytest.mark.parametrize("which", ["top", "bottom"])
+def test_no_sample_of_the_other_sign_is_taken(tmp_path: Path, which: Any) -> None:
+    """However large the share: the others would push the other way."""
+    rows = corpus(tmp_path)
+    table = ScoreTable.open(earlier_scores(tmp_path))
+    total = sum(table.mean_scores(unit)[1] for unit in table.units)
+    for name, policy in (
+        ("suppress", suppress(share=1.0, which=which)),
+        ("amplify", amplify(share=1.0, which=which)),
+        ("scores", FromScores(table, "mask", share=1.0, which=which)),
+        ("insert", FromScores(table, "insert", share=1.0, which=which, per_step=2.0)),
+    ):
+        steered(tmp_path / name, rows, policy)
+        frame = Decisions.open(tmp_path / name).frame
+        assert len(frame) > 10
+        assert ((frame["score"] > 0) == (which == "top")).all()
+        if name == "scores":
+            met = np.concatenate([steered_base(rows).ids(step) for step in range(STEPS)])
+            sign = total[met] > 0 if which == "top" else total[met] < 0
+            assert sorted(frame["sample_id"]) == sorted(met[sign])
+
+
+def test_foreign_samples_of_a_table_are_not_inserted(tmp_path: Path) -> None:
+    rows = corpus(tmp_path)
+    table = ScoreTable.write(
+        tmp_path / "earlier",
+        sample_id=[3, 5, 2**40 + 1],
+        step=0,
+        values=np.full((3, len(UNITS), 1), [[[1.0]], [[2.0]], [[3.0]]]),
+        loss=np.ones(3),
+        units=UNITS,
+        blocks=["QK"],
+        estimator="in_run",
+        provenance={},
+    )
+    policy = FromScores(table, "insert", share=1.0)
+    with pytest.warns(UserWarning, match="1 of the 3 samples of .* are no rows of the corpus"):
+        steered(tmp_path / "run", rows, policy, in_run=False)
+    assert set(Decisions.open(tmp_path / "run").frame["sample_id"]) == {3, 5}
 
 
 class SavesBefore(Callback):
@@ -337,7 +421,9 @@ def test_a_batch_that_is_wholly_masked_has_no_gradient_and_no_nan(tmp_path: Path
 
     rows = corpus(tmp_path)
     norms = Norms()
-    run, _, data = steered(tmp_path, rows, suppress(share=1.0, active=(2, 5)), norms, in_run=False)
+    table = earlier_scores(tmp_path, least=0.1)
+    whole = FromScores(table, "mask", share=1.0, active=(2, 5), every_n_steps=9)
+    run, _, data = steered(tmp_path, rows, whole, norms, in_run=False)
     assert [norm == 0 for norm in norms.largest] == [2 <= step < 5 for step in range(STEPS)]
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
     masked = [float(data.schedule.batch(step).weights.sum()) for step in range(STEPS)]

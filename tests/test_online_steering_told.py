@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from in_run_fits import INDUCTION, UNITS, MovingModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from steered_runs import BATCH, STEPS, amplify, corpus, steered, suppress
 from training import fit
 
 from mda_lightning.callbacks import OnlineSteering, UnitMonitor
+from mda_lightning.callbacks.metric_table import Measurement
 from mda_lightning.callbacks.steering import (
     Decisions,
     DelayLevel,
@@ -21,10 +24,13 @@ from mda_lightning.callbacks.steering import (
     HoldCurve,
     ReachLevel,
     Suppress,
+    decisions,
 )
+from mda_lightning.callbacks.steering.aiming import Aim
 from mda_lightning.datamodules import TokenDataModule
 from mda_lightning.interventions import Plan
 from mda_lightning.store import ScoreTable
+from mda_lightning.units import Head
 
 
 def told(folder: Path, policy: Any, *extra: Any, **settings: Any) -> list[str]:
@@ -153,3 +159,82 @@ def test_policies_are_objects() -> None:
     for given in ("suppress", Suppress, 3):
         with pytest.raises(ValueError, match=r"policy=.*(suppress|Suppress|3).*: Amplify\("):
             OnlineSteering(policy=given)  # type: ignore[arg-type]
+
+
+def test_a_value_from_before_the_curve_begins_is_not_judged_by_it() -> None:
+    """Of every fourth step; the curve begins at step 6."""
+    target = HoldCurve([[6, 0.5], [20, 0.5]], tolerance=0.0, full_at=0.1)
+    aiming = OnlineSteering(policy=suppress(which="bottom"), target=target)._aiming
+    unit = [Head(0, 0)]
+    value = np.zeros((1, 1), np.float32)
+    assert not aiming.take(Measurement(4, "induction", value, value), unit)
+    assert aiming.strength(1, 6) == 0.0 and aiming.aim == Aim()
+    assert aiming.take(Measurement(8, "induction", value, value), unit)
+    assert aiming.strength(1, 8) == 1.0
+    assert not aiming.take(Measurement(24, "induction", value + 1, value), unit)
+    assert aiming.strength(1, 24) == 1.0
+
+
+def test_the_first_curvature_takes_samples_to_come(tmp_path: Path) -> None:
+    rows = corpus(tmp_path)
+    taken = []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            policy = suppress(n_curvature=20)
+            run = SimpleNamespace(schedule=trainer.datamodule.schedule)
+            taken.append(policy._coming._curvature_samples(run, trainer.global_step))  # type: ignore[arg-type]
+
+    data = TokenDataModule(rows, batch_size=BATCH, n_steps=STEPS, seed=2, folder=str(tmp_path))
+    fit(MovingModule(), [Looks()], tmp_path, data=data, max_steps=STEPS)
+    order = data.schedule.order.at(np.arange(BATCH * STEPS))
+    assert taken[0].tolist() == order[:20].tolist() and taken[1].tolist() == order[:20].tolist()
+    assert taken[2].tolist() == order[4:24].tolist()
+
+
+def test_samples_of_another_weight_are_ranked_by_weight_times_score(tmp_path: Path) -> None:
+    """Of the first batch: what has most is given so little weight that it counts less."""
+    rows = corpus(tmp_path)
+    once = {"share": 1 / BATCH, "active": (0, 1)}
+    steered(tmp_path / "a", rows, suppress(**once), in_run=False)
+    (first,) = Decisions.open(tmp_path / "a").frame["sample_id"]
+    plan = Plan.mask([first], (0, 1), weight=1e-6)
+    _, _, data = steered(tmp_path / "b", rows, suppress(**once), in_run=False, plan=plan)
+    (other,) = Decisions.open(tmp_path / "b").frame["sample_id"]
+    assert other != first and sorted(data.schedule.batch(0).weights)[:2] == [0.0, np.float32(1e-6)]
+
+
+class Killed(Callback):
+    """No more of the callback's hooks run: the process is gone."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            raise KilledError
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_run_leaves_its_decisions_and_no_plan_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = corpus(tmp_path)
+    steered(tmp_path, rows, suppress(share=0.5))
+    former = Decisions.open(tmp_path).plan().content_hash
+    monkeypatch.setattr(decisions, "_EVERY", -1.0)
+    with monkeypatch.context() as gone, pytest.raises(KilledError):
+        gone.setattr(OnlineSteering, "on_exception", lambda *_: None)
+        steered(tmp_path, rows, suppress(), Killed())
+    left = Decisions.open(tmp_path)
+    assert len(left) == 7 and left.plan().content_hash != former
+    assert not (tmp_path / "steering" / "plan.json").exists()
+    assert len(list((tmp_path / "steering" / "decisions").iterdir())) == 1
+    # A part that a longer one replaced, and that was not taken away in time, counts once.
+    (part,) = (tmp_path / "steering" / "decisions").iterdir()
+    shutil.copy(part, part.with_name("00000000-00000003.parquet"))
+    assert len(Decisions.open(tmp_path).frame) == len(left.frame)
+    steered(tmp_path, rows, suppress())
+    whole = Decisions.open(tmp_path)
+    assert len(whole) == STEPS
+    assert whole.plan().content_hash == Plan.load(tmp_path / "steering/plan.json").content_hash

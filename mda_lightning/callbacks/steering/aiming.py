@@ -71,9 +71,11 @@ class Aiming:
             return False
         if latest.step == self._evaluated_at:
             return False
-        self._evaluated_at = latest.step
         values = np.array([latest.value[unit.layer, unit.head] for unit in units], np.float64)
         mu = float(values.mean() if self._over == "mean" else values.max())
+        if math.isfinite(mu) and not self.target.knows(latest.step):
+            return False  # measured before its curve begins
+        self._evaluated_at = latest.step
         if not math.isfinite(mu):
             warnings.warn(
                 f"{latest.metric} is not finite at step {latest.step}: no push until it is "

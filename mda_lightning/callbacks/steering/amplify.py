@@ -35,7 +35,8 @@ class Amplify(Policy):
     times in them counts once, with its mean. Inserted samples are scored again like any other.
 
     Attributes:
-        share: of the samples that were scored lately, in (0, 1]; scaled by the target's push.
+        share: of the samples that were scored lately, in (0, 1]; scaled by the target's push. Of
+            them, those whose score has the sign of that end.
         which: "top" promotes the unit, "bottom" works against it.
         recent_steps: steps whose scores count.
         every_n_steps: steps from one insertion to the next; None takes ``over_steps``.

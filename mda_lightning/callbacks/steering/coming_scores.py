@@ -28,7 +28,7 @@ class ComingScores:
     """Score whole batches with IHVPs that are taken anew every so many steps.
 
     A refresh takes the curvature on the latest samples that were trained on, as the schedule tells
-    them; before the first step, on those that come. Samples are scored in groups of
+    them, and, where these are too few, on the next to come. Samples are scored in groups of
     ``group`` in their order, shared out among the ranks, so that a score depends neither on the
     number of ranks nor on micro-batches. The IHVPs are part of the state: a resumed run goes on
     with the very same.
@@ -116,7 +116,7 @@ class ComingScores:
         self.taken_at = step
 
     def _curvature_samples(self, run: SteeredRun, step: int) -> Ints:
-        """The newest that counted, in the order of the stream; at first, those to come."""
+        """The newest that counted, in the order of the stream; where these are too few, more."""
         found: list[Ints] = []
         missing, at = self._n_curvature, step - 1
         while missing > 0 and at >= 0:
@@ -124,6 +124,11 @@ class ComingScores:
             ids = batch.sample_ids[batch.weights > 0][-missing:]
             found.insert(0, ids)
             missing, at = missing - len(ids), at - 1
+        at = step
+        while missing > 0 and at < len(run.schedule):
+            batch = run.schedule.batch(at)
+            found.append(batch.sample_ids[batch.weights > 0][:missing])
+            missing, at = missing - len(found[-1]), at + 1
         if not sum(map(len, found)):
             found = [run.schedule.batch(step).sample_ids[: self._n_curvature]]
         return np.concatenate(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ SCHEMA_VERSION = 1
 KIND = "steering decisions"
 
 _PARTS = "decisions"
-_MOST_HELD = 200_000
+_MOST_HELD = 200_000  # rows
+_EVERY = 10.0  # seconds
 _SCHEMA = pa.schema(
     [
         ("decision", pa.int32()),
@@ -88,11 +90,18 @@ class DecisionWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._held: list[pa.Table] = []
+        self._part: Path | None = None  # what of them is on disk
+        self._flushed = time.monotonic()
 
     def discard_from(self, decision: int) -> None:
         """Drop what a run that goes on will decide again: this decision and all later ones."""
-        self._held = []
-        for path, first, last in _parts_of(self.folder):
+        self._held, self._part = [], None
+        # The plan of a run that was here before is not this one's.
+        (self.folder / PLAN_NAME).unlink(missing_ok=True)
+        parts = _parts_of(self.folder)
+        for path in set(_part_files(self.folder)) - {path for path, _, _ in parts}:
+            path.unlink()
+        for path, first, last in parts:
             if first >= decision:
                 path.unlink()
             elif last >= decision:
@@ -164,14 +173,25 @@ class DecisionWriter:
             "ihvp_step": _known(decision.ihvp_steps[row]),
         }
         self._held.append(pa.table([columns[name] for name in _SCHEMA.names], schema=_SCHEMA))
-        if sum(map(len, self._held)) >= _MOST_HELD:
+        if time.monotonic() - self._flushed > _EVERY or self._n_held >= _MOST_HELD:
             self.flush()
 
+    @property
+    def _n_held(self) -> int:
+        return sum(map(len, self._held))
+
     def flush(self) -> None:
-        """Write what is held."""
-        if self._held:
-            self._write(pa.concat_tables(self._held))
-            self._held = []
+        """Write what is held, in place of the part of it that is on disk already."""
+        self._flushed = time.monotonic()
+        if not self._held:
+            return
+        written = self._write(pa.concat_tables(self._held))
+        if self._part not in (None, written):
+            assert self._part is not None
+            self._part.unlink(missing_ok=True)
+        self._part = written
+        if self._n_held >= _MOST_HELD:
+            self._held, self._part = [], None
 
     def describe(self, provenance: Mapping[str, Any]) -> None:
         """Write what is to be known of all of them beside the table."""
@@ -183,12 +203,14 @@ class DecisionWriter:
         }
         write_json(self.folder / PROVENANCE_NAME, about)
 
-    def _write(self, table: pa.Table) -> None:
+    def _write(self, table: pa.Table) -> Path:
         first, last = (pc.min_max(table["decision"])[k].as_py() for k in ("min", "max"))
         note = json.dumps({"schema_version": SCHEMA_VERSION, "kind": KIND})
         table = table.replace_schema_metadata({b"mda_lightning": note.encode()})
-        with atomic_path(self.folder / _PARTS / f"{first:08d}-{last:08d}.parquet") as part:
+        path = self.folder / _PARTS / f"{first:08d}-{last:08d}.parquet"
+        with atomic_path(path) as part:
             pq.write_table(table, part, compression="zstd")
+        return path
 
 
 class Decisions:
@@ -287,8 +309,12 @@ def _known(steps: Ints) -> pa.Array:
 
 def _parts_of(folder: Path) -> list[tuple[Path, int, int]]:
     """Parts with their first and last decision, in order."""
-    found = []
-    for path in sorted((folder / _PARTS).glob("[0-9]*-[0-9]*.parquet")):
-        first, last = path.stem.split("-")
-        found.append((path, int(first), int(last)))
-    return found
+    found: dict[int, tuple[Path, int, int]] = {}
+    for path in _part_files(folder):
+        first, last = map(int, path.stem.split("-"))
+        found[first] = (path, first, last)  # a longer one came in place of a shorter
+    return list(found.values())
+
+
+def _part_files(folder: Path) -> list[Path]:
+    return sorted((folder / _PARTS).glob("[0-9]*-[0-9]*.parquet"))

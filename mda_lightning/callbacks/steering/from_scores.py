@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,19 +37,21 @@ Ints = NDArray[np.int64]
 class FromScores(Policy):
     """Mask, or insert, the samples that ranked first in an earlier run's score table.
 
-    "mask": of the samples of the next ``every_n_steps`` steps, those that are in the table's top
-    share get ``weight``. "insert": ``per_step`` samples a step of the table's top share are put
-    into the next ``every_n_steps`` steps, the first in rank first, and from the front again once
-    all have been. A target's push scales the share of a mask, and the number that is inserted.
+    "mask": of the samples of every coming step, those that are in the table's top share get
+    ``weight``. "insert": ``per_step`` samples a step of the table's top share are put into the next
+    ``every_n_steps`` steps, the first in rank first, and from the front again once all have been.
+    A target's push scales the share of a mask, and the number that is inserted; what it has put
+    into the next steps stays there when the push ends.
 
     Attributes:
         scores: the table or its folder; of the corpus that this run is trained on.
         action: see above.
-        share: of the samples of the table that have a finite score, in (0, 1].
+        share: of the samples of the table that have a finite score, in (0, 1]; of them, those whose
+            score has the sign of that end.
         which: "top", the highest scores first, or "bottom".
         unit: unit or units of the earlier run, whose scores are added up; None takes those that
             this run is steered by.
-        every_n_steps: steps that one decision is about.
+        every_n_steps: steps that one insertion is about.
         weight: of a mask, in [0, 1).
         per_step: inserted samples a step.
         mode, placement: of insertions, as for :class:`Amplify`.
@@ -88,7 +91,8 @@ class FromScores(Policy):
         self._ranked: Ints = one[:0]
         self._scores: NDArray[np.float64] = np.zeros(0)
         self._steps: Ints = one[:0]
-        self._until = 0  # decided so far
+        self._count = 0  # the first in rank that are of the share
+        self._until = 0  # inserted so far
         self._cursor = 0
         self._carry = 0.0
 
@@ -116,27 +120,35 @@ class FromScores(Policy):
         ids, together = table.mean_scores(str(own[0]))
         for unit in own[1:]:
             together = together + table.mean_scores(str(unit))[1]
+        known = ids < len(run.rows)
+        if self.action == "insert" and not known.all():
+            warnings.warn(
+                f"{self.name}: {int((~known).sum())} of the {len(ids)} samples of {table.folder} "
+                "are no rows of the corpus, and are not inserted",
+                stacklevel=4,
+            )
+            ids, together = ids[known], together[known]
         order = ranked(ids, together, self.which)
         if not len(order):
-            raise ValueError(f"{table.folder} has no finite score of {', '.join(map(str, own))}")
-        if self.action == "insert" and ids.max() >= len(run.rows):
+            sign = "above" if self.which == "top" else "below"
             raise ValueError(
-                f"{table.folder} has scores of sample {ids.max()}, the corpus has rows "
-                f"0..{len(run.rows) - 1}: samples of another source cannot be inserted from scores"
+                f"{table.folder} has no sample with a finite score {sign} 0 of "
+                f"{', '.join(map(str, own))}"
             )
         self._ranked, self._scores = ids[order], together[order]
+        share = max(1, round(self.share * int(np.isfinite(together).sum())))
+        self._count = min(share, len(order))
 
     def decide(
         self, run: SteeredRun, step: int, strength: float, units: Sequence[Head]
     ) -> Decision | None:
         if step < self._until:
             return None
-        count = max(1, round(self.share * len(self._ranked)))
         if self.action == "mask":
-            operation: Mask | Insert | None = self._mask(run, step, round(count * strength))
+            operation: Mask | Insert | None = self._mask(run, step, round(self._count * strength))
         else:
-            operation = self._insert(run, step, count, strength)
-        self._until = step + self.every_n_steps
+            operation = self._insert(run, step, self._count, strength)
+            self._until = step + self.every_n_steps
         if operation is None:
             return None
         by_id = np.argsort(self._ranked)
@@ -173,15 +185,16 @@ class FromScores(Policy):
         self._until, self._cursor, self._carry = 0, 0, 0.0
 
     def _mask(self, run: SteeredRun, step: int, count: int) -> Mask | None:
-        last = min(step + self.every_n_steps, run.end)
-        coming = np.concatenate([run.schedule.batch(s).sample_ids for s in range(step, last)])
-        chosen = np.intersect1d(coming, self._ranked[:count])
+        # Of one step each: whether the next is masked, its own push says.
+        batch = run.schedule.batch(step)
+        chosen = np.intersect1d(batch.sample_ids[batch.weights > 0], self._ranked[:count])
         if not len(chosen):
             return None
-        return Mask(chosen, (step, last), self.weight, "all", "run", online=True)
+        return Mask(chosen, (step, step + 1), self.weight, "all", "run", online=True)
 
     def _insert(self, run: SteeredRun, step: int, count: int, strength: float) -> Insert | None:
-        window = coming_window(run.schedule, step, self.every_n_steps)
+        left = self.steps(run.end)[1] + 1 - step
+        window = coming_window(run.schedule, step, min(self.every_n_steps, left))
         if window is None:
             return None
         wanted = self.per_step * strength * (window[1] - window[0]) + self._carry

@@ -94,7 +94,7 @@ def places_of(
             # An inserted sample may take the place of the very same one.
             changed = (new.provenance == INSERTED) & (old.provenance != INSERTED)
         else:
-            changed = np.isin(new.sample_ids, operation.sample_ids)
+            changed = new.weights != old.weights
         where = np.flatnonzero(changed)
         steps.append(np.full(len(where), one, np.int64))
         slots.append(where.astype(np.int64))

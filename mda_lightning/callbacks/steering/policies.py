@@ -175,7 +175,11 @@ def check_counts(**counts: int | None) -> None:
 
 
 def ranked(ids: Ints, scores: Floats, which: Which) -> Ints:
-    """Places [n] of the finite scores, the first in rank first; ties go by sample id."""
-    there = np.flatnonzero(np.isfinite(scores))
+    """Places [n] of the scores of that end, the first in rank first; ties go by sample id.
+
+    The top of a ranking are samples that promote the unit, so scores above 0, however large a
+    share of all is asked for; the bottom those below.
+    """
+    there = np.flatnonzero(np.isfinite(scores) & (scores > 0 if which == "top" else scores < 0))
     key = -scores[there] if which == "top" else scores[there]
     return there[np.lexsort((ids[there], key))]

@@ -122,6 +122,10 @@ class ReferenceCurve:
                 f"the policies active=({begin}, {end})"
             )
 
+    def covers(self, step: int) -> bool:
+        """Whether it says anything of a step."""
+        return bool(self.steps[0] <= step < self.steps[-1] + self.spacing)
+
     def at(self, step: int) -> float:
         """The value at a step that is covered."""
         return float(np.interp(step, self.steps, self.values))

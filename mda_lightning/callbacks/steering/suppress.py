@@ -36,14 +36,17 @@ class Suppress(Policy):
     A step then has two forwards, and a backward that stops at the lowest unit: the decision is
     taken at the very weights that the batch is trained on. All samples of the optimizer step are
     ranked together, whatever the ranks and micro-batches. What is not a whole sample of the share
-    is carried over to the next step. Samples that the plan masks already are left alone.
+    is carried over to the next step. Samples that the plan masks already are left alone; those to
+    which it gives another weight are ranked by weight times score. No sample is masked whose score
+    has the other sign, however large the share.
 
     Attributes:
         share: of the batch's samples, in (0, 1]; scaled by the target's push.
         which: "top" works against the unit, "bottom" promotes it.
         weight: by which that of masked samples is multiplied, in [0, 1).
         refresh_every: steps between refreshes of curvature and probe gradient.
-        n_curvature: sequences that the curvature is estimated on, the latest that counted.
+        n_curvature: sequences that the curvature is estimated on: the latest that counted, and at
+            first, where these are too few, those to come.
         curvature: "ekfac", "kfac", or "identity" for the plain dot product with ∇f.
         fisher, damping, seed: of the curvature.
         score_batch_size: sequences that are scored at once.
@@ -103,7 +106,7 @@ class Suppress(Policy):
     ) -> Decision | None:
         batch = run.schedule.batch(step)
         counts = batch.weights > 0
-        ids = np.unique(batch.sample_ids[counts])
+        ids, first = np.unique(batch.sample_ids[counts], return_index=True)
         wanted = self.share * strength * int(counts.sum()) + self._carry
         count = math.floor(wanted + _ROUNDING)
         if count < 1:
@@ -114,9 +117,14 @@ class Suppress(Policy):
         except CurvatureError as error:
             self._warn(f"step {step}: {error}")
             return None
-        chosen = ranked(ids, scores, self.which)[:count]
-        if not len(chosen):
+        if not np.isfinite(scores).any():
             self._warn(f"step {step}: no sample of the batch has a finite score")
+            return None
+        # A sample counts by its weight, which the plan may have changed.
+        weighted = scores * batch.weights[counts][first]
+        chosen = ranked(ids, weighted, self.which)[:count]
+        if not len(chosen):
+            self._carry = min(wanted, 1.0)
             return None
         chosen = np.sort(chosen)
         masked = int(np.isin(batch.sample_ids[counts], ids[chosen]).sum())

@@ -48,6 +48,10 @@ class Target(ABC):
             ValueError: which steps.
         """
 
+    def knows(self, step: int) -> bool:
+        """Whether it can judge a value that was measured at ``step``."""
+        return True
+
     def holds(self, step: int) -> bool:
         """Whether the last push still counts at ``step``."""
         return True
@@ -125,6 +129,10 @@ class HoldCurve(Target):
     def check_covers(self, first: int, last: int) -> None:
         assert self._curve is not None
         self._curve.check_covers(first, last)
+
+    def knows(self, step: int) -> bool:
+        assert self._curve is not None
+        return self._curve.covers(step)
 
     def push(self, step: int, mu: float) -> Push:
         assert self._curve is not None
