@@ -154,7 +154,7 @@ def test_it_is_saved_where_asked(tmp_path: Path, rows: TokenRows) -> None:
     saving = ScheduledCheckpoints([1, "every 2 in 2..2"], folder=str(tmp_path / "run"))
     train(rows, tmp_path / "elsewhere", saving, max_steps=3)
     assert (tmp_path / "run" / "checkpoints" / "step-2.ckpt").exists()
-    assert not (tmp_path / "elsewhere" / "mda").exists()
+    assert not (tmp_path / "elsewhere" / "mda" / "checkpoints").exists()
 
 
 def test_the_last_step_is_saved_where_it_is_asked_for(tmp_path: Path, rows: TokenRows) -> None:
