@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -493,6 +494,76 @@ def test_new_samples_are_not_written_over_either(
     )
 
 
+def test_a_refused_insertion_leaves_what_is_there(
+    tied: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where writing over it was asked for: the plan before is still a whole one."""
+    new = ["insert", *tied, "--generator", "repeated_tokens", "--output", "new.json", "--force"]
+    assert plan(*new, "--rows", 3, "--steps", "10:20") == EXIT_OK
+    before = TokenRows.open("new.samples").content_hash
+    crowd = ["--rows", 9, "--steps", "10:12", "--placement", "replace"]
+    assert "do not fit into steps" in refused(capsys, *new, *crowd)
+    assert TokenRows.open("new.samples").content_hash == before
+    assert Plan.load("new.json").sources[0].content_hash == before
+    assert "do not fit into steps" in refused(capsys, *new[:-3], *crowd)
+    assert not Path("plans").exists()
+
+
+def test_controls_of_composed_replacements_keep_the_side(
+    order: BaseOrder, tied: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, window in (("a", "10:20"), ("b", "20:30")):
+        made("replace", *tied, "--random", 4, "--window", window, output=f"{name}.json")
+    assert plan("compose", "a.json", "b.json", "--output", "c.json") == EXIT_OK
+    assert plan("control", "c.json") == EXIT_OK
+    both, control = Plan.load("c.json"), Plan.load("c-random.json")
+    for op, same in zip(both.operations, control.operations, strict=True):
+        assert isinstance(op, Replace) and isinstance(same, Replace)
+        assert op.sample_ids is not None and same.sample_ids is not None
+        assert set(op.by) == set(same.by) and not set(op.sample_ids) & set(same.sample_ids)
+    made("replace", *tied, "--steps", "30:32", "--by-steps", "0:2", output="in.json")
+    assert plan("compose", "a.json", "in.json", "--output", "d.json") == EXIT_OK
+    assert "say which with treated='in' or 'out'" in refused(capsys, "control", "d.json")
+
+
+def test_what_controls_come_to_is_told(
+    order: BaseOrder, tied: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = made("mask", *tied, "--random", 5, "--window", "10:20", "--domain", "a")
+    away = np.setdiff1d(np.arange(order.n_rows), mask.treated_ids)
+    np.save(here / "away.npy", away[~np.isin(away, order.at(np.arange(40, 80)))])
+    capsys.readouterr()
+    assert plan("control", "plan.json") == EXIT_OK
+    told = capsys.readouterr()
+    assert "were chosen of domain a; its controls are drawn from all" in told.err
+    assert ", treats 5 places" in told.out and "this control treats" not in told.err
+    assert plan("control", "plan.json", "--pool", "away.npy", "--force") == EXIT_OK
+    told = capsys.readouterr()
+    assert "this control treats 0 places of the stream, the plan 5" in told.err
+    assert "were chosen" not in told.err
+
+
+def test_a_terminal_without_the_characters(tied: list[str], here: Path) -> None:
+    made("prune", *tied, "--fraction", "50%", "--steps", "10:20")
+    (here / "ids.txt").write_text("3 5")
+    for encoding in ("ascii", "latin-1"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        for arguments, said in (
+            (["show", "plan.json"], "pruned     "),
+            (["insert", "--ids", "ids.txt", "--steps", "1:5", "--force"], "batch size"),
+        ):
+            ran = subprocess.run(
+                [sys.executable, "-m", "mda_lightning", "plan", *arguments],
+                env=environment, capture_output=True, check=False,
+            )  # fmt: skip
+            assert ran.returncode == EXIT_OK, ran.stderr
+            assert said in ran.stdout.decode(encoding)
+        assert "#" in subprocess.run(
+            [sys.executable, "-m", "mda_lightning", "plan", "show", "plan.json"],
+            env=environment, capture_output=True, check=True,
+        ).stdout.decode(encoding)  # fmt: skip
+
+
 def test_what_is_said_of_a_plan(
     order: BaseOrder,
     corpus: TokenRows,
@@ -556,6 +627,15 @@ def test_what_is_refused(
     (here / "taken.samples").mkdir()
     (here / "taken.samples" / "thesis.txt").write_text("mine")
     (here / "replaced.json").write_text("x")
+    (here / "five.json").write_text('{"sample_ids": 5}')
+    (here / "null.json").write_text("null")
+    np.save(here / "rows.npy", corpus.get([1, 2, 3]))
+    (here / "bad_maker.py").write_text(
+        "def raises(rng, n):\n    raise KeyError(n)\n"
+        "def nothing(rng, n):\n    return None\n"
+        "def another(n):\n    return []\n"
+        "def late(rng, n):\n    yield 'word1'\n    raise OSError('no more')\n"
+    )
     TokenRows.write("small", corpus.get(np.arange(8)), provenance={})
     made("replace", *tied, "--steps", "10:20", "--by-steps", "0:5", output="whole.json")
     made("mask", *tied, "--ids", "ids.txt", "--window", "10:20", output="mask.json")
@@ -569,6 +649,18 @@ def test_what_is_refused(
         (["mask", "--corpus", corpus.folder, "--ids", "far.txt"], "sample 99999 is not in the"),
         (["mask", *tied, "--ids", "absent.txt"], "no file of sample ids at absent.txt"),
         (["mask", *tied, "--ids", "no.json"], "no.json"),
+        (["mask", *tied, "--ids", "five.json"], "5 is no list of integers"),
+        (["mask", *tied, "--ids", "null.json"], "None is no list of integers"),
+        *(
+            (["insert", *tied, "--generator", f"bad_maker:{name}", "--rows", 3, *window], said)
+            for name, said in (
+                ("raises", "failed, called as generator(rng, n_rows): KeyError: 3"),
+                ("nothing", "TypeError: 'NoneType' object is not iterable"),
+                ("another", "TypeError: another() takes 1 positional argument"),
+                ("late", "failed: OSError: no more"),
+            )
+        ),
+        (["insert", *tied, "--tokens", "rows.npy", "--rows", 500, *window], "has 3; ask for no"),
         # windows outside the run
         (["insert", *tied, "--ids", "ids.txt", "--steps", "30:50"], "which has 40 steps"),
         (["mask", *tied, "--random", "3", "--window", "30:50"], "a run of 40 steps"),
@@ -655,6 +747,11 @@ def test_wrong_usage(
         (["mask", "--ids", "ids.txt", "--steps", "20:10"], "write A:B"),
         (["mask", "--ids", "ids.txt", "--output", "plan.txt"], "a plan is a .json file"),
         (["insert", "--ids", "ids.txt"], "give --steps A:B"),
+        (
+            ["insert", *tied, "--tokens", "rows.npy", "--domain", "a", "--steps", "1:2"],
+            "--domain chooses among samples of the corpus",
+        ),
+        (["show", "p.json", "--schedule", "constant", "--learning-rate", "-1"], "above 0"),
         (["insert", "--ids", "ids.txt", "--steps", "1:2", "--rows", "3"], "--rows is for"),
         (
             ["insert", "--ids", "ids.txt", "--rows-of", ".", "--steps", "1:2"],

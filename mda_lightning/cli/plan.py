@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import warnings
 from pathlib import Path
 
 from mda_lightning.cli.options import EXIT_ERROR, EXIT_OK, positive
@@ -148,6 +150,8 @@ def _control(options: argparse.Namespace) -> int:
         pool = None if options.pool is None else read_ids(options.pool)
         if options.window is not None:
             pool = plan_make.pool_of(plan, stream, options.window)
+        if pool is None and (conditions := plan_make.forgotten(plan, options.exclude)):
+            warnings.warn(conditions, stacklevel=1)
         matched, controls = plan_make.with_controls(
             plan,
             options.draws,
@@ -171,7 +175,8 @@ def _control(options: argparse.Namespace) -> int:
             plan_make.write(control, path, stream=stream)
             for control, path in zip(controls, paths, strict=True)
         ]
-        print_written(written, of_controls, as_json=options.json)
+        places = plan_make.places_of(plan, stream) if written is None else None
+        print_written(written, of_controls, as_json=options.json, places=places)
     return EXIT_OK
 
 
@@ -187,7 +192,9 @@ def _compose(options: argparse.Namespace) -> int:
         parts = [Plan.load(path) for path in options.plans]
         seed = next((part.seed for part in parts if part.seed is not None), None)
         whole = reduce(or_, (part.bound(seed=seed) for part in parts))
-        source = {"composed_of": [part.content_hash for part in parts]}
+        source: dict[str, object] = {"composed_of": [part.content_hash for part in parts]}
+        if sides := plan_make.sides_of(parts):
+            source["treated"] = sides[0] if len(sides) == 1 else "in and out"
         whole = whole.bound(source=source, name=options.name or output.stem)
         about = [
             f"composed of {', '.join(map(str, options.plans))}; places are drawn anew for the "
@@ -268,6 +275,8 @@ def _show(options: argparse.Namespace) -> int:
         for one in (options.total_steps, options.learning_rate, options.warmup_steps)
     ):
         options.usage("--total-steps, --learning-rate and --warmup-steps are of a --schedule")
+    if options.learning_rate is not None and not 0 < options.learning_rate < math.inf:
+        options.usage(f"--learning-rate {options.learning_rate}: above 0")
     if options.figure is not None and options.figure.suffix != ".png":
         options.usage(f"--figure {options.figure}: the figure is a .png file")
     console = Console(width=options.width)

@@ -277,6 +277,10 @@ def _write(
     paths = plan_files.control_paths(output, n_controls)
     outputs = [(plan, output), *zip(controls, paths, strict=True)]
     plan_files.refuse_overwriting(outputs, force=options.force)
+    if choice is not None and choice.sources:
+        for one, _ in outputs:
+            plan_make.check(one, stream)
+        choice.settle()
     written = plan_make.write(plan, output, stream=stream, about=about)
     written.warnings.extend(plan_files.controls_of_others(plan, output, paths))
     of_controls = [

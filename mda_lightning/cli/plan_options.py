@@ -215,22 +215,22 @@ def choice_of(
     options: argparse.Namespace, stream: BaseStream, action: str
 ) -> tuple[Choice | None, Path]:
     """What :func:`add_samples` was told, or None; and the plan's file."""
-    from mda_lightning.recipes import plan_choice
+    from mda_lightning.recipes import plan_choice, plan_new_samples
     from mda_lightning.recipes.plan_files import name_of_plan, refuse
 
     steps = window_of(options)
     filters = _filters(options)
     _check_usage(options)
     found: Choice | None = None
-    kind = next((k for k in plan_choice.KINDS if getattr(options, k, None)), None)
+    kind = next((k for k in plan_new_samples.KINDS if getattr(options, k, None)), None)
     if kind is not None:
         what = getattr(options, kind)
-        name = plan_choice.name_of(kind, what)
+        name = plan_new_samples.name_of(kind, what)
         output = output_of(options, name_of_plan(action, name, steps))
-        folder = output.with_suffix(plan_choice.SAMPLES_SUFFIX)
+        folder = output.with_suffix(plan_new_samples.SAMPLES_SUFFIX)
         if output.exists() and not folder.exists() and not options.force:
             refuse(output, None)
-        found = plan_choice.from_elsewhere(
+        found = plan_new_samples.from_elsewhere(
             kind,
             what,
             folder,
@@ -312,6 +312,14 @@ def _check_usage(options: argparse.Namespace) -> None:
             options.usage("--rows-of is for --scores")
         if options.window is not None:
             options.usage("samples of another corpus have no --window; give --steps")
+    new = next((k for k in ("texts", "tokens", "generator") if getattr(options, k, None)), None)
+    if new is not None:
+        for name in ("domain", "exclude_domain"):
+            if getattr(options, name):
+                options.usage(
+                    f"--{name.replace('_', '-')} chooses among samples of the corpus; --{new} "
+                    "makes new ones"
+                )
     named = options.ids is not None
     if named and (options.domain or options.exclude_domain):
         options.usage("--ids names the samples; --domain chooses among scored or random ones")

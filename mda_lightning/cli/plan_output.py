@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import textwrap
@@ -36,19 +37,42 @@ def add_command(
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Warnings in one line each."""
+    """Warnings in one line each, and no character that cannot be printed."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"mda-lightning: {message}", file=sys.stderr)
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
+            stream.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show  # put back by catch_warnings
         yield
 
 
-def print_written(plan: Written | None, controls: Sequence[Written] = (), *, as_json: bool) -> None:
-    """What was made: the plan in full, its controls in a line each."""
+def print_written(
+    plan: Written | None,
+    controls: Sequence[Written] = (),
+    *,
+    as_json: bool,
+    places: int | None = None,
+) -> None:
+    """What was made: the plan in full, its controls in a line each.
+
+    Args:
+        places: that the plan treats, where it was not written.
+    """
+    from mda_lightning.recipes.plan_numbers import counted, n_places
+
+    wanted = places if plan is None else n_places(plan.numbers)
+    for one in controls:
+        own = n_places(one.numbers)
+        if wanted is not None and own is not None and own != wanted:
+            one.warnings.append(
+                f"this control treats {counted(own, 'place')} of the stream, the plan {wanted:,}: "
+                "part of a difference between the two is of that; widen the pool"
+            )
     written = [*([] if plan is None else [plan]), *controls]
     for one in written:
         for message in one.warnings:
@@ -62,7 +86,9 @@ def print_written(plan: Written | None, controls: Sequence[Written] = (), *, as_
         for line in plan.words:
             print(f"  {line}")
     for one in controls:
-        print(f"{one.path}: random control, content {one.plan.content_hash[:12]}")
+        own = n_places(one.numbers)
+        treats = "" if own is None else f", treats {counted(own, 'place')}"
+        print(f"{one.path}: random control, content {one.plan.content_hash[:12]}{treats}")
         if plan is None:
             for line in one.words:
                 print(f"  {line}")

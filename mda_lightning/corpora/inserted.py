@@ -165,7 +165,15 @@ def inserted_from_generator(
     if n_rows < 1:
         raise ValueError(f"n_rows is {n_rows}; a generator makes at least one row")
     name, function = _named(generator, base)
-    made = function(np.random.default_rng(seed), n_rows)
+    what = f"generator {name!r}"
+    try:
+        made = function(np.random.default_rng(seed), n_rows)
+        texts = None if isinstance(made, np.ndarray) else iter(made)
+    except Exception as error:  # whatever one's own code raises
+        raise ValueError(
+            f"{what} failed, called as generator(rng, n_rows): {type(error).__name__}: {error}; it "
+            "gives integers [n_rows, T + 1], or texts"
+        ) from error
     about = {
         "reader": "generator",
         "generator": name,
@@ -176,12 +184,11 @@ def inserted_from_generator(
     }
     if name == "records":
         about["generator_version"] = GENERATOR_VERSION
-    what = f"generator {name!r}"
     if isinstance(made, np.ndarray) and made.dtype.kind not in "UOS":
         _check_shape(made, what, base)
         rows = made
     else:
-        rows = _rows_of_texts(iter(made), n_rows, base, what)
+        rows = _rows_of_texts(iter(made) if texts is None else texts, n_rows, base, what)
     if len(rows) != n_rows:
         raise ValueError(f"{what} made {len(rows)} rows, {n_rows} were asked for")
     return _written(folder, rows, base, about, what, domain=name.rpartition(":")[2])
@@ -273,7 +280,13 @@ def _rows_of_texts(texts: Iterator[str], n_rows: int, base: TokenRows, what: str
 
 
 def _checked_texts(texts: Iterator[str], what: str) -> Iterator[str]:
-    for text in texts:
+    while True:
+        try:
+            text = next(texts)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever one's own code raises
+            raise ValueError(f"{what} failed: {type(error).__name__}: {error}") from error
         if not isinstance(text, str):
             raise ValueError(
                 f"{what} made a {type(text).__name__}; it gives integers [n_rows, T + 1], or texts"

@@ -264,6 +264,12 @@ def with_random_controls(
             order and there is none.
     """
     side: str = treated or plan.source.get("treated", "in")
+    if side not in ("in", "out"):
+        raise ValueError(
+            f"plan {plan.name!r} is composed of replacements of which some have what goes out as "
+            "the treated side and some what comes in: say which with treated='in' or 'out' "
+            "(--treated), or draw controls of the parts"
+        )
     pool = as_ids(pool_ids)
     tied = plan if plan.order is not None else plan.bound(order=order)
     controls = [

@@ -60,6 +60,8 @@ def _read(place: Path) -> Any:
 
 
 def _integers(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is no list of integers")
     wrong = [one for one in value if isinstance(one, bool) or not isinstance(one, int)]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not an integer")

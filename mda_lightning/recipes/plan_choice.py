@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mda_lightning.corpora import TokenRows
-from mda_lightning.corpora.inserted import (
-    inserted_from_generator,
-    inserted_from_texts,
-    inserted_from_tokens,
-)
-from mda_lightning.files import read_json
 from mda_lightning.interventions import Source
 from mda_lightning.interventions.from_scores import agreeing_corpus
 from mda_lightning.interventions.id_files import read_ids
@@ -36,12 +26,6 @@ from mda_lightning.interventions.selection import (
 from mda_lightning.recipes.plan_numbers import counted
 from mda_lightning.recipes.plan_stream import BaseStream
 from mda_lightning.shuffling import key_of, keyed_order
-
-Kind: TypeAlias = Literal["texts", "tokens", "generator"]
-KINDS: tuple[Kind, ...] = ("texts", "tokens", "generator")
-"""Of samples that the corpus does not hold."""
-
-SAMPLES_SUFFIX = ".samples"
 
 
 @dataclass(frozen=True)
@@ -93,6 +77,7 @@ class Choice:
     corpus_hash: str | None = None
     name: str = ""
     left_out: list[str] = field(default_factory=list)
+    settle: Callable[[], None] = lambda: None  #: puts new samples where the plan says they are
 
 
 def by_scores(
@@ -225,74 +210,6 @@ def at_random(amount: Amount, *, stream: BaseStream, filters: Filters, draw: int
     return Choice(ids, words, source, pool=pool, name=f"random-{amount.name}")
 
 
-def from_elsewhere(
-    kind: Kind,
-    what: str,
-    folder: Path,
-    *,
-    stream: BaseStream,
-    n_rows: int | None = None,
-    draw: int = 0,
-    force: bool = False,
-) -> Choice:
-    """Samples that the corpus does not hold, made into rows in ``folder``.
-
-    Args:
-        force: write over other rows that are there.
-
-    Raises:
-        ValueError: no corpus that tells their length and vocabulary, another folder of that name,
-            or what the reader or the generator refuses.
-    """
-    if stream.rows is None:
-        raise ValueError(
-            f"--{kind} makes rows of the length and vocabulary of the base corpus; give it with "
-            "--corpus, or with --run where it still lies where the run found it"
-        )
-    _refuse_another_folder(folder)
-    if kind == "generator" and n_rows is None:
-        raise ValueError("--generator makes as many rows as it is told; add --rows N")
-
-    def made(place: Path) -> TokenRows:
-        base = stream.rows
-        assert base is not None
-        if kind == "texts":
-            return inserted_from_texts(place, what, base=base)
-        if kind == "tokens":
-            return inserted_from_tokens(place, what, base=base)
-        with _importing_from_here():
-            return inserted_from_generator(place, what, base=base, n_rows=n_rows or 0, seed=draw)
-
-    rows = made(folder) if force or not folder.exists() else _same_as_there(folder, made)
-    own = Source.of(rows, name=name_of(kind, what))
-    ids = own.ids()
-    if n_rows is not None and n_rows < len(ids):
-        ids = ids[:n_rows]
-    words = f"{counted(len(ids), 'row')} of {rows.row_length} tokens from {what} (kept in {folder})"
-    left_out = []
-    if len(ids) < own.n_rows:
-        left_out.append(f"{counted(own.n_rows - len(ids), 'row')} more than --rows")
-    if dropped := sum((rows.provenance.get("dropped_tokens") or {}).values()):
-        share = dropped / (dropped + rows.row_length * own.n_rows)
-        left_out.append(
-            f"{counted(dropped, 'token')} too few for a row at the end of a domain ({share:.2%} of "
-            "the text)"
-        )
-    return Choice(
-        ids,
-        words,
-        {kind: what, **rows.provenance},
-        sources=(own,),
-        name=name_of(kind, what),
-        left_out=left_out,
-    )
-
-
-def name_of(kind: str, what: str) -> str:
-    """What new samples are called: their generator, or their file without its ending."""
-    return what.rpartition(":")[2] if kind == "generator" else Path(what).name.partition(".")[0]
-
-
 def _of_domains(
     pool: NDArray[np.int64], rows: TokenRows | None, filters: Filters
 ) -> NDArray[np.int64]:
@@ -320,38 +237,3 @@ def _conditions(filters: Filters) -> str:
     if filters.exclude:
         told.append(f"without those of {', '.join(map(str, filters.exclude))}")
     return "".join(f" {one}" for one in told)
-
-
-@contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """Modules of the working folder can be imported, as with ``python -m``."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _same_as_there(folder: Path, made: Callable[[Path], TokenRows]) -> TokenRows:
-    """The rows in ``folder``, which a plan may name, if they are those that would be made."""
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-        wanted = made(Path(aside) / "rows").content_hash
-    there = TokenRows.open(folder)
-    if there.content_hash != wanted:
-        raise ValueError(
-            f"{folder} holds other samples, which are kept; give another --output or --name, or "
-            "--force to write over them"
-        )
-    return there
-
-
-def _refuse_another_folder(folder: Path) -> None:
-    if not folder.exists():
-        return
-    meta = folder / "meta.json"
-    if not meta.is_file() or read_json(meta).get("kind") != "token_rows":
-        raise ValueError(
-            f"{folder} is where the inserted samples go and holds something else; give another "
-            "--output"
-        )

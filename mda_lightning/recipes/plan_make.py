@@ -19,7 +19,14 @@ from mda_lightning.interventions.id_files import read_ids
 from mda_lightning.interventions.operations import Steps
 from mda_lightning.interventions.selection import samples_of
 from mda_lightning.recipes.plan_choice import Choice
-from mda_lightning.recipes.plan_numbers import counted, numbers_of, some, warnings_of, words_of
+from mda_lightning.recipes.plan_numbers import (
+    counted,
+    n_places,
+    numbers_of,
+    some,
+    warnings_of,
+    words_of,
+)
 from mda_lightning.recipes.plan_stream import BaseStream, of_plan
 from mda_lightning.sample_ids import split_ids
 from mda_lightning.schedule import Schedule
@@ -119,19 +126,28 @@ def write(plan: Plan, path: Path, *, stream: BaseStream, about: Sequence[str] = 
         ValueError: it names absent samples, has a window outside the run, more insertions than
             places, or was made for another corpus or order.
     """
-    stream = of_plan(plan, stream)
-    schedule, more = None, list[str]()
-    if stream.order is not None:
-        schedule = Schedule(stream.order, plan)  # refuses what does not fit
-        if _places(plan, schedule) > _MOST_PLACES:
-            schedule = None
-            more = ["what it meets in so long a run is counted by `mda-lightning plan show`"]
-    elif stream.rows is not None:
-        _check_rows(plan, len(stream.rows))
+    schedule, more = check(plan, stream), list[str]()
+    if schedule is not None and _places(plan, schedule) > _MOST_PLACES:
+        schedule = None
+        more = ["what it meets in so long a run is counted by `mda-lightning plan show`"]
     numbers, _ = numbers_of(plan, schedule)
     saved = plan.save(path)
     words = [*about, *words_of(numbers), *_untied(plan), *more]
     return Written(saved, plan, numbers, words, warnings_of(numbers))
+
+
+def check(plan: Plan, stream: BaseStream) -> Schedule | None:
+    """The plan on its order, where that is known.
+
+    Raises:
+        ValueError: as for :func:`write`.
+    """
+    stream = of_plan(plan, stream)
+    if stream.order is not None:
+        return Schedule(stream.order, plan)  # refuses what does not fit
+    if stream.rows is not None:
+        _check_rows(plan, len(stream.rows))
+    return None
 
 
 def with_controls(
@@ -190,17 +206,54 @@ def _drawn_from(op: Operation, whole: Steps) -> Steps:
     return op.steps
 
 
+def sides_of(plans: Sequence[Plan]) -> list[str]:
+    """Which sides of their replacements plans have as the treated ones."""
+    replacing = [plan for plan in plans if any(isinstance(op, Replace) for op in plan.operations)]
+    return sorted({str(plan.source.get("treated", "in")) for plan in replacing})
+
+
+def forgotten(plan: Plan, excluded: Sequence[Path]) -> str:
+    """A warning of conditions that a plan's samples were chosen by, and its controls are not."""
+    source = plan.source
+    told = [
+        f"{words} {', '.join(source[key])}"
+        for key, words in (("domains", "of domain"), ("exclude_domains", "not of domain"))
+        if source.get(key)
+    ]
+    n_excluded = source.get("excluded") or 0
+    if n_excluded and not excluded:
+        told.append(f"without {counted(n_excluded, 'excluded sample')}")
+    if not told:
+        return ""
+    return (
+        f"the samples of plan {plan.name!r} were chosen {', '.join(told)}; its controls are drawn "
+        "from all samples of its windows. --with-control draws them by the same conditions, as do "
+        "--pool and --exclude here"
+    )
+
+
+def places_of(plan: Plan, stream: BaseStream) -> int | None:
+    """How many places a plan treats, where the order is known and the run not too long."""
+    order = of_plan(plan, stream).order
+    if order is None:
+        return None
+    schedule = Schedule(order, plan)
+    if _places(plan, schedule) > _MOST_PLACES:
+        return None
+    return n_places(numbers_of(plan, schedule)[0])
+
+
 def never_met(ids: NDArray[np.int64], order: BaseOrder) -> str:
     """A warning of samples that a run meets only where they are inserted, or ""."""
-    n_places = order.n_steps * order.batch_size
+    n_in_run = order.n_steps * order.batch_size
     left = np.sort(ids)
-    if n_places >= order.n_rows:
+    if n_in_run >= order.n_rows:
         return ""
-    parts = range(0, n_places, _PLACES_AT_ONCE)
+    parts = range(0, n_in_run, _PLACES_AT_ONCE)
     for start in track(parts, "looking for the samples", transient=True, disable=len(parts) < 20):
         if not left.size:
             return ""
-        end = min(start + _PLACES_AT_ONCE, n_places)
+        end = min(start + _PLACES_AT_ONCE, n_in_run)
         left = np.setdiff1d(left, order.at(np.arange(start, end, dtype=np.int64)))
     if not left.size:
         return ""

@@ -99,6 +99,12 @@ def spans_of(strip: Strip) -> dict[str, Any]:
     }
 
 
+def n_places(numbers: Mapping[str, Any]) -> int | None:
+    """Places that all operations treat, where they were counted."""
+    counts = [operation.get("places") for operation in numbers["operations"]]
+    return None if None in counts else sum(counts)
+
+
 def words_of(numbers: Mapping[str, Any]) -> list[str]:
     """The numbers as sentences, a line each: what is done, then what comes of it."""
     operations, decided = [], dict[tuple[str, ...], list[Any]]()

@@ -26,6 +26,7 @@ from mda_lightning.schedule.strip import KINDS, Kind, Strip, strip_of
 __all__ = ["Rates", "show"]
 
 _SHADES = "·░▒▓█"
+_PLAIN_SHADES = " .-+#"  # where these cannot be printed
 _LABEL, _LEGEND = 11, 24  # columns beside the strip
 _LEAST, _MOST = 20, 120
 _SAMPLES, _OPERATIONS = 3, 6  # of which examples are shown
@@ -90,7 +91,7 @@ def show(
     return numbers
 
 
-def strip_lines(strip: Strip) -> list[Text]:
+def strip_lines(strip: Strip, shades: str = _SHADES) -> list[Text]:
     """The strip as text: a line a kind, a character a span, and an axis of steps.
 
     Shades are shares of the line's fullest span, which is named at its end; of what is as in the
@@ -99,7 +100,8 @@ def strip_lines(strip: Strip) -> list[Text]:
     n = len(strip.places)
     left = 1.0 - sum(strip.counts.values()) / strip.places
     line = Text(f"{'as it was':<{_LABEL}}")
-    line.append("".join(_shade(share) for share in left)).append("  █ all of a span", "dim")
+    line.append("".join(_shade(share, shades) for share in left))
+    line.append(f"  {shades[-1]} all of a span", "dim")
     lines = [line]
     for kind in KINDS:
         share = strip.counts[kind] / strip.places
@@ -107,8 +109,8 @@ def strip_lines(strip: Strip) -> list[Text]:
         if not most:
             continue
         line = Text(f"{kind:<{_LABEL}}")
-        line.append("".join(_shade(value / most) for value in share), _STYLES[kind])
-        line.append(f"  █ {most:.3g} of a span", "dim")
+        line.append("".join(_shade(value / most, shades) for value in share), _STYLES[kind])
+        line.append(f"  {shades[-1]} {most:.3g} of a span", "dim")
         lines.append(line)
     first, middle, last = (int(strip.edges[i]) for i in (0, n // 2, n))
     axis = str(first)
@@ -168,7 +170,8 @@ def _rates(schedule: Schedule, rates: Rates | None) -> dict[str, Any]:
     added = len(schedule) - schedule.order.n_steps
     told: dict[str, Any] = {"later_by": added}
     if rates is not None:
-        windows = sorted({op.steps for op in schedule.plan.operations if op.steps is not None})
+        whole = (0, schedule.order.n_steps)
+        windows = sorted({op.steps or whole for op in schedule.plan.operations}) or [whole]
         told["schedule"] = rates.schedule
         told["total_steps"] = rates.total_steps
         told["windows"] = [
@@ -282,7 +285,7 @@ def _print(
     for part in (strip, zoomed):
         if part is not None and part.touched is not None:
             line("")
-            for text in strip_lines(part):
+            for text in strip_lines(part, _shades(console.encoding)):
                 line(text)
     if strip is None:
         line(
@@ -301,11 +304,19 @@ def _print(
         line(f"  {one['operation']:<8} {one['sample']:>12}  {cut}")
 
 
-def _shade(share: float) -> str:
+def _shade(share: float, shades: str) -> str:
     """Blank for nothing, and for anything at least the faintest shade."""
     if share <= 0:
-        return _SHADES[0]
-    return _SHADES[min(4, 1 + int(share * 4 * (1 - 1e-9)))]
+        return shades[0]
+    return shades[min(4, 1 + int(share * 4 * (1 - 1e-9)))]
+
+
+def _shades(encoding: str) -> str:
+    try:
+        _SHADES.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return _PLAIN_SHADES
+    return _SHADES
 
 
 def _draw(path: Path, strip: Strip, zoomed: Strip | None) -> None:
