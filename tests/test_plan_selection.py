@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -444,3 +446,16 @@ def test_samples_of_another_corpus_are_inserted_by_their_scores(table: ScoreTabl
         arguments: dict[str, Any] = {"action": "insert", "rows_of": other} | settings
         with pytest.raises(ValueError, match=message):
             plan_from_scores(table, "L1H2", count=3, steps=(0, 5), **arguments)
+
+
+def test_plans_alone_import_no_tables() -> None:
+    """What reads tables comes with the same import, when it is asked for."""
+    code = (
+        "import sys\n"
+        "from mda_lightning.interventions import Plan\n"
+        "assert 'pandas' not in sys.modules and 'mda_lightning.store' not in sys.modules\n"
+        "from mda_lightning.interventions import plan_from_scores, select\n"
+        "from mda_lightning.interventions import from_scores, selection\n"
+        "assert plan_from_scores is from_scores.plan_from_scores and select is selection.select\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
