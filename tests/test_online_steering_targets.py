@@ -422,3 +422,27 @@ def test_policies_and_targets_come_from_yaml() -> None:
     settings["init_args"]["target"]["init_args"]["curve"] = "runs/base/unit_metrics.parquet"
     found = parser.instantiate(parser.parse_object({"steering": settings})).steering
     assert len(found.policies) == 1
+
+
+def test_a_target_is_asked_within_the_span_of_its_policies(tmp_path: Path) -> None:
+    """Measured at even steps; before step 6 nobody could act, and what is summed up would count."""
+    asked = []
+
+    class Asked(ReachLevel):
+        def push(self, step: int, mu: float) -> Any:
+            asked.append(step)
+            return super().push(step, mu)
+
+    aimed(tmp_path, rising, Asked(9.0), suppress(which="bottom", active=(5, 10)))
+    assert asked == [4, 6, 8]  # at step 5 the last measurement is that of step 4
+
+
+@pytest.mark.parametrize(("over", "mu"), [("mean", 0.25), ("max", 0.4)])
+def test_several_heads_become_one_number(over: Any, mu: float) -> None:
+    target = HoldCurve([[0, 0.3], [9, 0.3]], tolerance=0.0, full_at=0.1)
+    steering = OnlineSteering(policy=Suppress(), target=target, over=over)
+    value = np.array([[0.1, 0.9], [0.4, 0.9]], np.float32)
+    heads = [Head(0, 0), Head(1, 0)]
+    assert steering._aiming.take(Measurement(2, "induction", value, value), heads)
+    aim = steering._aiming.aim
+    assert aim.mu == pytest.approx(mu) and aim.push == pytest.approx(max(-1, (0.3 - mu) / 0.1))
