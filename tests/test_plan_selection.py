@@ -448,6 +448,29 @@ def test_samples_of_another_corpus_are_inserted_by_their_scores(table: ScoreTabl
             plan_from_scores(table, "L1H2", count=3, steps=(0, 5), **arguments)
 
 
+def test_samples_without_a_score_are_in_no_control(tmp_path: Path) -> None:
+    """They are no candidates: what is compared are samples that could have been chosen."""
+    values = np.ones((40, 1, 1))
+    values[10:, 0, 0] = np.nan
+    values[:4] = 2.0
+    table = ScoreTable.write(
+        tmp_path / "t",
+        sample_id=np.arange(40),
+        step=0,
+        units=["L0H0"],
+        blocks=["QK"],
+        values=values,
+        loss=np.zeros(40),
+        estimator="replay",
+        provenance={},
+    )
+    chosen = select(table, "L0H0", count=4)
+    assert chosen.pool.tolist() == list(range(10)) and chosen.n_not_finite == 30
+    for seed in range(5):
+        _, control = plan_from_scores(table, "L0H0", count=4, control_seed=seed)
+        assert set(control.treated_ids) <= set(range(4, 10))
+
+
 def test_plans_alone_import_no_tables() -> None:
     """What reads tables comes with the same import, when it is asked for."""
     code = (

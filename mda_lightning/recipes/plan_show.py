@@ -68,7 +68,7 @@ def show(
             "known; give --run, or --corpus with --batch-size and --n-steps"
         )
     width = min(max((console.width if console else 100) - _LABEL - _LEGEND, _LEAST), _MOST)
-    with progress_bar(console) as progress:
+    with progress_bar(None if console is None else Console(stderr=True)) as progress:
         numbers, strip = numbers_of(plan, schedule, n_spans=width, progress=progress)
         zoomed = _zoomed(schedule, strip, width, progress)
     numbers["path"] = str(path)
