@@ -311,6 +311,17 @@ def test_decisions_of_a_steered_run_are_told_in_a_line(
     assert out.count("  ! ") == 1 and "2 samples of 2 masks decided while the run" in out
 
 
+def test_rates_of_a_plan_of_the_whole_run(
+    tied: BaseOrder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Plan.mask([3, 4]) | Plan.insert([5], steps=(20, 30), copies=16)).bound(order=tied).save(
+        tmp_path / "p.json"
+    )
+    out, _ = shown(capsys, tmp_path / "p.json", "--schedule", "constant", "--learning-rate", "0.5")
+    rates = [line for line in out.splitlines() if line.startswith("  learning rate (constant")]
+    assert len(rates) == 2 and "base samples of steps 0:400 " in rates[0]
+
+
 @pytest.mark.parametrize("first", [3, 104])
 @pytest.mark.parametrize("n_steps", [1, 2, 5, 9, 14])
 def test_labels_of_an_axis_do_not_run_together(first: int, n_steps: int, tied: BaseOrder) -> None:
