@@ -19,6 +19,7 @@ from mda_lightning.interventions.operations import (
     Steps,
     as_ids,
 )
+from mda_lightning.sample_ids import unique_ids
 from mda_lightning.shuffling import key_of, keyed_order
 
 Ids: TypeAlias = NDArray[np.int64]
@@ -45,8 +46,9 @@ def controlled(
     treated = _unique([_substituted(op, order) for op in alike])
     excluded = _unique([treated, *(_told(op, order) for op in operations)])
     if exclude is not None:
-        excluded = np.union1d(excluded, as_ids(exclude))
-    pool = np.setdiff1d(as_ids(pool_ids), excluded)
+        excluded = _unique([excluded, as_ids(exclude)])
+    pool = unique_ids(as_ids(pool_ids))
+    pool = pool[~_among(pool, excluded)]
     if len(pool) < len(treated):
         raise ValueError(
             f"the random control needs {len(treated)} samples besides the treated and excluded "
@@ -57,7 +59,7 @@ def controlled(
     def stand_ins(ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return drawn[np.searchsorted(treated, ids)]
 
-    excluded = np.union1d(excluded, drawn)
+    excluded = _unique([excluded, drawn])
 
     def of_its_window(number: int, op: Mask) -> Mask:
         assert op.steps is not None
@@ -91,15 +93,14 @@ def controlled(
     return tuple(on_stand_ins(number, op) for number, op in enumerate(operations))
 
 
-def _drawn(treated: Ids, pool: Ids, met: NDArray[np.int64], seed: int) -> Ids:
+def _drawn(treated: Ids, pool: Ids, kinds: tuple[Ids, Ids], seed: int) -> Ids:
     """For each treated sample one of the pool that its masks' windows meet as often.
 
     Args:
-        met: [treated and pool, windows], how often each window has each sample.
+        kinds: of the treated and of the pool, alike where they are met as often.
     """
     order = keyed_order(key_of("random control", seed), len(pool))
-    kinds = np.unique(met, axis=0, return_inverse=True)[1].reshape(-1)
-    of_treated, of_pool = kinds[: len(treated)], kinds[len(treated) :][order]
+    of_treated, of_pool = kinds[0], kinds[1][order]
     drawn, used = np.full(len(treated), -1, np.int64), np.zeros(len(pool), bool)
     for kind in np.unique(of_treated):
         wanted, there = np.flatnonzero(of_treated == kind), np.flatnonzero(of_pool == kind)
@@ -120,8 +121,9 @@ def _drawn(treated: Ids, pool: Ids, met: NDArray[np.int64], seed: int) -> Ids:
 
 def _met_by(
     operations: Sequence[Operation], order: BaseOrder | None, treated: Ids, pool: Ids
-) -> NDArray[np.int64]:
-    """How often the window of each mask has each sample; [treated and pool, windows].
+) -> tuple[Ids, Ids]:
+    """A number for each of the treated and of the pool that says how often each mask's window has
+    it.
 
     Left out is what cannot be told: windows of the run's own steps, or without an order; and the
     whole run or windows of many millions of places, in which it would take long.
@@ -131,17 +133,17 @@ def _met_by(
         for op in operations
         if isinstance(op, Mask) and op.clock == "base" and op.steps is not None
     }
-    ids = np.concatenate([treated, pool])
-    columns = [np.zeros(len(ids), np.int64)]
-    by_id = np.argsort(ids)
+    kinds = np.zeros(len(treated), np.int64), np.zeros(len(pool), np.int64)
     for steps in sorted(windows):
         if order is None or order.places(steps)[1] - order.places(steps)[0] > _MOST_PLACES:
             continue
         there = order.at(np.arange(*order.places(steps), dtype=np.int64))
-        at = np.minimum(np.searchsorted(ids[by_id], there), len(ids) - 1)
-        known = by_id[at[ids[by_id][at] == there]]
-        columns.append(np.bincount(known, minlength=len(ids)))
-    return np.stack(columns, axis=1)
+        known, counts = np.unique(there, return_counts=True)
+        for of_some, ids in zip(kinds, (treated, pool), strict=True):
+            at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+            of_some *= int(counts.max()) + 1
+            of_some += np.where(known[at] == ids, counts[at], 0)
+    return kinds
 
 
 def _has_own_window(op: Operation, shifts: bool) -> bool:
@@ -187,8 +189,8 @@ def _base_ids(order: BaseOrder | None, steps: Steps) -> NDArray[np.int64]:
             f"which samples steps {steps} hold depends on the base order; tie the plan to it "
             "with bound(order=...) before drawing a control"
         )
-    return np.unique(order.at(np.arange(*order.places(steps), dtype=np.int64)))
+    return unique_ids(order.at(np.arange(*order.places(steps), dtype=np.int64)))
 
 
 def _unique(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))
+    return unique_ids(np.concatenate([np.empty(0, np.int64), *parts]))

@@ -33,6 +33,7 @@ from mda_lightning.interventions.operations import (
 )
 from mda_lightning.interventions.plan_file import SCHEMA_VERSION, read_plan_file, write_plan_file
 from mda_lightning.interventions.sources import Source, merge_sources
+from mda_lightning.sample_ids import unique_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +275,7 @@ class Plan:
         """Every sample id that some operation names; int64, unique, ascending."""
         if not self.operations:
             return np.empty(0, np.int64)
-        return np.unique(np.concatenate([op.named_ids for op in self.operations]))
+        return unique_ids(np.concatenate([op.named_ids for op in self.operations]))
 
     @property
     def order_hash(self) -> str | None:

@@ -18,6 +18,7 @@ from mda_lightning.base_order import BaseOrder
 from mda_lightning.files import sha256_of
 from mda_lightning.interventions.operations import Insert, Mask, Operation, is_online, overlap
 from mda_lightning.interventions.plan import Plan
+from mda_lightning.sample_ids import unique_ids
 from mda_lightning.schedule.fitting import check_fits, check_order, check_run_clock
 from mda_lightning.schedule.placing import Placed, find, nothing, replaced, shifted
 from mda_lightning.schedule.rewriting import BaseChanges, Masks
@@ -167,7 +168,7 @@ class Schedule:
             by_run = isinstance(op, Mask) and op.clock == "run"
             if not is_online(op) and (by_run or overlap(op.steps, insert.steps)):
                 named.append(op.named_ids)
-        return np.unique(np.concatenate([self.plan.spared, *named]))
+        return unique_ids(np.concatenate([self.plan.spared, *named]))
 
     # -- computing ----------------------------------------------------------------------------
 
