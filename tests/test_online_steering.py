@@ -288,7 +288,8 @@ def test_no_sample_of_the_other_sign_is_taken(tmp_path: Path, which: Any) -> Non
         ("scores", FromScores(table, "mask", share=1.0, which=which)),
         ("insert", FromScores(table, "insert", share=1.0, which=which, per_step=2.0)),
     ):
-        steered(tmp_path / name, rows, policy)
+        with pytest.warns(UserWarning, match="samples of its share do not .* are left out"):
+            steered(tmp_path / name, rows, policy)
         frame = Decisions.open(tmp_path / name).frame
         assert len(frame) > 10
         assert ((frame["score"] > 0) == (which == "top")).all()

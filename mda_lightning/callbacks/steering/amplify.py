@@ -19,6 +19,7 @@ from mda_lightning.callbacks.steering.policies import (
     check_counts,
     check_share,
     check_which,
+    of_other_sign,
     ranked,
 )
 from mda_lightning.callbacks.steering.recent_scores import RecentScores, StepRows
@@ -117,6 +118,10 @@ class Amplify(Policy):
         np.maximum.at(last, row, np.arange(len(ids)))  # the latest row of each
         wanted = round(self.share * strength * len(samples))
         first = ranked(samples, means, self.which)[:wanted]
+        if len(first) < wanted:
+            missing = wanted - len(first)
+            told = of_other_sign(f"{self.name}: step {step}", self.which, missing, wanted)
+            self._warn("sign", told)
         chosen = np.sort(first[: self._that_fit(run, step, window, samples[first])])
         if not len(chosen):
             return None

@@ -22,6 +22,7 @@ from mda_lightning.callbacks.steering.policies import (
     check_counts,
     check_share,
     check_which,
+    of_other_sign,
     ranked,
 )
 from mda_lightning.callbacks.steering.reference_curve import heads_of
@@ -138,6 +139,9 @@ class FromScores(Policy):
         self._ranked, self._scores = ids[order], together[order]
         share = max(1, round(self.share * int(np.isfinite(together).sum())))
         self._count = min(share, len(order))
+        if share > len(order):
+            text = of_other_sign(self.name, self.which, share - len(order), share)
+            warnings.warn(text, stacklevel=4)
 
     def decide(
         self, run: SteeredRun, step: int, strength: float, units: Sequence[Head]

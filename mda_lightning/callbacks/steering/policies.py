@@ -174,6 +174,15 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name}={count}: at least 1")
 
 
+def of_other_sign(name: str, which: Which, n: int, share: int) -> str:
+    """A warning that a share has samples that are left out: see :func:`ranked`."""
+    way = "promote the unit" if which == "top" else "work against the unit"
+    return (
+        f"{name}: {n} of the {share} samples of its share do not {way} by their scores and are "
+        "left out; a smaller share has none of them"
+    )
+
+
 def ranked(ids: Ints, scores: Floats, which: Which) -> Ints:
     """Places [n] of the scores of that end, the first in rank first; ties go by sample id.
 

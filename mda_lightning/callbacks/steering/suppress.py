@@ -19,6 +19,7 @@ from mda_lightning.callbacks.steering.policies import (
     check_counts,
     check_share,
     check_which,
+    of_other_sign,
     ranked,
 )
 from mda_lightning.curvature import CurvatureError, Fisher, check_damping
@@ -91,14 +92,14 @@ class Suppress(Policy):
             group=self.score_batch_size,
         )
         self._carry = 0.0
-        self._warned = False
+        self._warned = self._warned_of_sign = False
 
     @property
     def direction(self) -> int:
         return -1 if self.which == "top" else 1
 
     def begin(self, run: SteeredRun, units: Sequence[Head]) -> None:
-        self._warned = False
+        self._warned = self._warned_of_sign = False
         self._coming.begin(run)
 
     def decide(
@@ -123,6 +124,12 @@ class Suppress(Policy):
         # A sample counts by its weight, which the plan may have changed.
         weighted = scores * batch.weights[counts][first]
         chosen = ranked(ids, weighted, self.which)[:count]
+        missing = min(count, int(np.isfinite(scores).sum())) - len(chosen)
+        if missing and not self._warned_of_sign:
+            self._warned_of_sign = True
+            name = f"{self.name}: step {step}"
+            told = of_other_sign(name, self.which, missing, missing + len(chosen))
+            warnings.warn(f"{told}. This is said once a fit", stacklevel=2)
         if not len(chosen):
             self._carry = min(wanted, 1.0)
             return None
