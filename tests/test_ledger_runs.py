@@ -54,7 +54,7 @@ def fit(
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": any(isinstance(one, Checkpoint) for one in callbacks),
-        "default_root_dir": data._ledger_folder,
+        "default_root_dir": data.folder,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }

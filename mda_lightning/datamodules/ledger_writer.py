@@ -46,7 +46,7 @@ class StreamOwner(Protocol):
     rows: TokenRows
     plan: Plan
     schedule: Schedule
-    _position: StreamPosition
+    position: StreamPosition
 
 
 class LedgerWriter(Callback):
@@ -121,7 +121,7 @@ class LedgerWriter(Callback):
         self.folder = run_folder(trainer, self._wanted) / STREAM_FOLDER
         data, kept = self._data, True
         hashes = data.schedule.order.content_hash, data.rows.content_hash
-        self._beginning = Beginning(data._position.start_step, self._parent, *hashes)
+        self._beginning = Beginning(data.position.start_step, self._parent, *hashes)
         if trainer.is_global_zero:
             self._former = _former(self.folder)
             kept = self._attempt(self._keep_aside)
@@ -137,7 +137,7 @@ class LedgerWriter(Callback):
     ) -> None:
         if self.folder is None or self._stopped:
             return
-        due = self._data._position.start if self._due is None else self._due
+        due = self._data.position.start if self._due is None else self._due
         if batch_idx != due:
             self._stop(trainer, f"micro-batch {batch_idx} came where {due} was due")
             return
@@ -188,7 +188,7 @@ class LedgerWriter(Callback):
 
     @property
     def _accumulate(self) -> int:
-        return self._data._position.accumulate
+        return self._data.position.accumulate
 
     def _is_due(self) -> bool:
         if len(self._held) < _FLUSH_EVERY * self._accumulate:
@@ -223,7 +223,7 @@ class LedgerWriter(Callback):
             return False
         if self._now is not None:
             # Within the last hooks of a step, where a checkpoint already counts it.
-            consumed = self._data._position.consumed_steps(trainer)
+            consumed = self._data.position.consumed_steps(trainer)
             if consumed * self._accumulate > self._now[0]:
                 self._end_micro_batch()
         if self._parts is None and (self._held or self._stopped):

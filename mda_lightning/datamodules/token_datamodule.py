@@ -60,6 +60,8 @@ class TokenDataModule(pl.LightningDataModule):
     Attributes:
         plan: as given.
         rows: the corpus, joined by those that the plan inserts from.
+        folder: as given.
+        position: how far this fit has come in the stream.
         schedule: the stream: of the plan and, after :meth:`steer`, of what was decided since.
 
     Raises:
@@ -103,8 +105,8 @@ class TokenDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self._accumulate = accumulate
         self._seed = seed
-        self._ledger_folder, self._ledger = folder, ledger
-        self._position = StreamPosition(accumulate=accumulate or 1)
+        self.folder, self._ledger = folder, ledger
+        self.position = StreamPosition(accumulate=accumulate or 1)
         self._digest = StreamDigest(self.schedule)
 
     def setup(self, stage: str) -> None:
@@ -134,13 +136,13 @@ class TokenDataModule(pl.LightningDataModule):
                 f"{type(scheduler[0]).__name__} changes how many micro-batches a step has, and the "
                 "schedule's steps have as many throughout; use accumulate_grad_batches"
             )
-        self._position.begin(asked)
+        self.position.begin(asked)
         # A checkpoint's operations, where there is one, are read after this.
         self._set_online(())
         # What an interrupted fit left behind goes: Lightning calls no teardown on an exception.
-        mine: list[Any] = [ResumeAtStep(self._position)]
+        mine: list[Any] = [ResumeAtStep(self.position)]
         if self._ledger:
-            mine.append(LedgerWriter(self, self._ledger_folder))
+            mine.append(LedgerWriter(self, self.folder))
         trainer.callbacks = [*mine, *_without_own(trainer.callbacks)]
 
     def teardown(self, stage: str) -> None:
@@ -171,10 +173,10 @@ class TokenDataModule(pl.LightningDataModule):
         running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
         if trainer is None or not running or trainer.state.fn != TrainerFn.FITTING:
             raise ValueError("no fit is going on; give what is known before as plan=...")
-        if from_step < self._position.next_step:
+        if from_step < self.position.next_step:
             raise ValueError(
                 f"the stream cannot be changed from step {from_step}: the batches of the steps "
-                f"before {self._position.next_step} have been given to training; steer from there "
+                f"before {self.position.next_step} have been given to training; steer from there "
                 "on, at the end of a step (on_train_batch_end) or before the first"
             )
         shifts = any(isinstance(op, Insert) and op.placement == "shift" for op in operations)
@@ -192,21 +194,21 @@ class TokenDataModule(pl.LightningDataModule):
         batches = ScheduledBatches(
             self.rows,
             self.schedule,
-            accumulate=self._position.accumulate,
+            accumulate=self.position.accumulate,
             world_size=self.trainer.world_size if self.trainer else 1,
             rank=self.trainer.global_rank if self.trainer else 0,
         )
         loaded_by = self.schedule
 
         def corrected(number: int, batch: Batch) -> Batch:
-            self._position.handed_out = number
+            self.position.handed_out = number
             if self.schedule is loaded_by:
                 return batch
             return batches.corrected(number, batch, self.schedule)
 
         return BatchLoader(
             batches,
-            FromPosition(len(batches), lambda: self._position.start),
+            FromPosition(len(batches), lambda: self.position.start),
             num_workers=self.num_workers,
             seed=self._seed,
             corrected=corrected,
@@ -219,7 +221,7 @@ class TokenDataModule(pl.LightningDataModule):
         world_size = self.trainer.world_size if self.trainer else 1
         batches = RowBatches(
             self.val_rows,
-            self.schedule.order.batch_size // (self._position.accumulate * world_size),
+            self.schedule.order.batch_size // (self.position.accumulate * world_size),
             world_size=world_size,
             rank=self.trainer.global_rank if self.trainer else 0,
         )
@@ -232,9 +234,9 @@ class TokenDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream and what identifies the stream; JSON values."""
-        trainer, step = self.trainer, self._position.start_step
+        trainer, step = self.trainer, self.position.start_step
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            step = self._position.consumed_steps(trainer)
+            step = self.position.consumed_steps(trainer)
         return {
             "schema_version": SCHEMA_VERSION,
             "step": step,
@@ -284,8 +286,8 @@ class TokenDataModule(pl.LightningDataModule):
             )
         if not same_plan:
             self._check_branch(step, stream_hash, state_dict["plan_hash"])
-        self._position.start_step = step
-        self._position.restored = True
+        self.position.start_step = step
+        self.position.restored = True
         self._digest = StreamDigest(self.schedule, step, stream_hash)
 
     def _check_branch(self, step: int, stream_hash: str, plan_hash: str) -> None:

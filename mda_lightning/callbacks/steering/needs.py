@@ -160,7 +160,7 @@ def folder_of(trainer: pl.Trainer, me: pl.Callback, wanted: str | None) -> Path:
     if wanted is None and before and before[0].folder is not None:
         return before[0].folder
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return run_folder(trainer, wanted or data._ledger_folder)
+    return run_folder(trainer, wanted or data.folder)
 
 
 def window_of(trainer: pl.Trainer, me: pl.Callback, mechanism: str, why: str) -> CriticalWindow:
