@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from mda_lightning.base_order import BaseOrder
 from mda_lightning.files import sha256_of
-from mda_lightning.interventions.operations import Insert, Mask, Operation, is_online, overlap
+from mda_lightning.interventions.operations import (
+    Insert,
+    Mask,
+    Operation,
+    Steps,
+    is_online,
+    overlap,
+)
 from mda_lightning.interventions.plan import Plan
 from mda_lightning.sample_ids import unique_ids
 from mda_lightning.schedule.fitting import check_fits, check_order, check_run_clock
@@ -80,7 +87,7 @@ class Schedule:
         by_shift = [(key, op) for key, op in inserts if op.placement == "shift"]
         by_replacement = [(key, op) for key, op in inserts if op.placement == "replace"]
         self._shifted = shifted(order, by_shift, self._shifted)
-        self._replaced = replaced(order, by_replacement, self._spared, self._replaced)
+        self._replaced = replaced(order, by_replacement, self._spared_by, self._replaced)
         self._masks = self._masks.extended(new)
         check_run_clock(new, len(self))
 
@@ -124,6 +131,19 @@ class Schedule:
         base_position = place - int(np.searchsorted(self._shifted.places, place))
         return -(-base_position // self.order.batch_size)
 
+    def spared_in(self, steps: Steps) -> NDArray[np.int64]:
+        """Samples whose places insertions into these base steps leave alone, besides their own.
+
+        Those that the plan names there; what is decided later has no say in where the plan's own
+        insertions stand. int64, unique, ascending.
+        """
+        named = [self.plan.spared]
+        for op in self.plan.operations:
+            by_run = isinstance(op, Mask) and op.clock == "run"
+            if not is_online(op) and (by_run or overlap(op.steps, steps)):
+                named.append(op.named_ids)
+        return unique_ids(np.concatenate(named))
+
     def extended(self, operations: Sequence[Operation], from_step: int) -> Schedule:
         """This schedule with online operations added, which change nothing before ``from_step``.
 
@@ -160,15 +180,8 @@ class Schedule:
         """SHA-256 over the base order, the run's length and the plan."""
         return sha256_of(self.order.content_hash, str(self.order.n_steps), self.plan.content_hash)
 
-    def _spared(self, insert: Insert) -> NDArray[np.int64]:
-        """The samples whose places an insertion leaves alone: those that the plan names in its
-        steps. What is decided later has no say in where the plan's own insertions stand."""
-        named = [insert.sample_ids]
-        for op in self.plan.operations:
-            by_run = isinstance(op, Mask) and op.clock == "run"
-            if not is_online(op) and (by_run or overlap(op.steps, insert.steps)):
-                named.append(op.named_ids)
-        return unique_ids(np.concatenate([self.plan.spared, *named]))
+    def _spared_by(self, insert: Insert) -> NDArray[np.int64]:
+        return unique_ids(np.concatenate([self.spared_in(insert.steps), insert.sample_ids]))
 
     # -- computing ----------------------------------------------------------------------------
 

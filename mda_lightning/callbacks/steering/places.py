@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mda_lightning.interventions import Insert, Mask
-from mda_lightning.interventions.operations import is_online, overlap
 from mda_lightning.schedule import INSERTED, Schedule
 from mda_lightning.schedule.placing import find
 
@@ -49,13 +48,8 @@ def _free_places(schedule: Schedule, step: int, window: tuple[int, int]) -> Ints
     inserted = np.concatenate([batch.provenance for batch in batches]) == INSERTED
     size = schedule.order.batch_size
     inside = (positions >= window[0] * size) & (positions < window[1] * size) & ~inserted
-    spared = [schedule.plan.spared]
-    for op in schedule.plan.operations:
-        by_run = isinstance(op, Mask) and op.clock == "run"
-        if not is_online(op) and (by_run or overlap(op.steps, window)):
-            spared.append(op.named_ids)
     ids = schedule.order.at(positions[inside])
-    free: Ints = ids[~np.isin(ids, np.concatenate(spared))]
+    free: Ints = ids[~np.isin(ids, schedule.spared_in(window))]
     return free
 
 
