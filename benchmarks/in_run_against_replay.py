@@ -22,8 +22,8 @@ from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.corpora import TokenRows, embedded_corpus
 from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism, mechanism
-from mda_lightning.recipes.counterfactual_runs import build_data, build_module, build_monitor
-from mda_lightning.recipes.quickstart import QUICKSTART
+from mda_lightning.recipes.studies.runs import build_data, build_module, build_monitor
+from mda_lightning.recipes.studies.quickstart import QUICKSTART
 from mda_lightning.store import ScoreTable
 
 Rows = Iterator[tuple[str, tuple[float, float, float]]]

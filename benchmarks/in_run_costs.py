@@ -17,7 +17,7 @@ from benchmarks.models import quickstart_module
 from benchmarks.training_step import TrainingSteps
 from mda_lightning.architectures import HEAD_BLOCKS, BlockName
 from mda_lightning.pretraining import PythiaModule
-from mda_lightning.recipes.quickstart import QUICKSTART
+from mda_lightning.recipes.studies.quickstart import QUICKSTART
 from mda_lightning.units import Head
 
 Rows = Iterator[tuple[str, tuple[float, float, float]]]

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from mda_lightning.pretraining import PythiaModule
-from mda_lightning.recipes.quickstart import QUICKSTART
+from mda_lightning.recipes.studies.quickstart import QUICKSTART
 
 
 def pythia_14m() -> PreTrainedModel:

@@ -26,8 +26,8 @@ from mda_lightning.corpora import TokenRows
 from mda_lightning.measures import measure
 from mda_lightning.pretraining import PythiaModule
 from mda_lightning.pretraining.loss import sequence_losses, weighted_loss
-from mda_lightning.recipes.counterfactual_runs import build_data, build_module, build_monitor
-from mda_lightning.recipes.quickstart import QUICKSTART, quickstart_corpus
+from mda_lightning.recipes.studies.runs import build_data, build_module, build_monitor
+from mda_lightning.recipes.studies.quickstart import QUICKSTART, quickstart_corpus
 
 Rows = Iterator[tuple[str, tuple[float, float, float]]]
 

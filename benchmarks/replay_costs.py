@@ -16,7 +16,7 @@ from benchmarks.training_step import TrainingSteps
 from mda_lightning.gradients import BlockVector
 from mda_lightning.influence import replay_scores
 from mda_lightning.pretraining import PythiaModule
-from mda_lightning.recipes.quickstart import QUICKSTART
+from mda_lightning.recipes.studies.quickstart import QUICKSTART
 
 Rows = Iterator[tuple[str, tuple[float, float, float]]]
 

@@ -21,8 +21,8 @@ from mda_lightning.callbacks.steering.targets import Target
 from mda_lightning.corpora import TokenRows
 from mda_lightning.files import read_json
 from mda_lightning.interventions import Plan
-from mda_lightning.recipes.counterfactual_runs import build_data, build_module, build_monitor
-from mda_lightning.recipes.settings import StudySettings
+from mda_lightning.recipes.studies.runs import build_data, build_module, build_monitor
+from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.units import parse_unit
 
 _LAST = 5  # evaluations that μ is averaged over

@@ -16,9 +16,9 @@ from filelock import FileLock
 from mda_lightning.cli import EXIT_ERROR, main
 from mda_lightning.corpora import TokenRows
 from mda_lightning.interventions import Plan
-from mda_lightning.recipes.counterfactual import Study, StudyFolderError
-from mda_lightning.recipes.quickstart import quickstart_corpus, wandb_mode
-from mda_lightning.recipes.settings import (
+from mda_lightning.recipes.studies.study import Study, StudyFolderError
+from mda_lightning.recipes.studies.quickstart import quickstart_corpus, wandb_mode
+from mda_lightning.recipes.studies.settings import (
     CorpusSettings,
     ModelSettings,
     MonitorSettings,
@@ -77,7 +77,7 @@ def test_an_arm_without_a_plan_repeats_the_base_run_bit_for_bit(
     study: Path, corpus: TokenRows, tmp_path: Path
 ) -> None:
     """What makes the base run its own baseline arm: branching changes nothing by itself."""
-    from mda_lightning.recipes.counterfactual_runs import run_arm
+    from mda_lightning.recipes.studies.runs import run_arm
 
     seed = _seed(study)
     job = json.loads((study / seed["arms"]["mask-top"] / "job.json").read_text())

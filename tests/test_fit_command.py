@@ -10,7 +10,7 @@ import yaml
 
 from mda_lightning.cli import EXIT_ERROR, main
 from mda_lightning.corpora import TokenRows
-from mda_lightning.recipes.quickstart import QUICKSTART
+from mda_lightning.recipes.studies.quickstart import QUICKSTART
 
 RECIPE = Path(__file__).parents[1] / "mda_lightning" / "recipes" / "embedded.yaml"
 

@@ -113,7 +113,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _guarded(command: str, run: Callable[[], int]) -> int:
     """Turn the errors that a user can mend into one line; others keep their traceback."""
-    from mda_lightning.recipes.jobs import JobError
+    from mda_lightning.recipes.studies.jobs import JobError
 
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and threading.current_thread() is threading.main_thread():

@@ -76,7 +76,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mda_lightning.recipes.display import StudyDisplay
-    from mda_lightning.recipes.quickstart import run_quickstart, wandb_mode
+    from mda_lightning.recipes.studies.quickstart import run_quickstart, wandb_mode
 
     console = Console()
     folder: Path = options.output

@@ -15,8 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mda_lightning.recipes.jobs import Job
-from mda_lightning.recipes.jobs import Progress as JobProgress
+from mda_lightning.recipes.studies.jobs import Job
+from mda_lightning.recipes.studies.jobs import Progress as JobProgress
 
 _LINE_SECONDS = 15.0
 
@@ -67,7 +67,7 @@ class StudyDisplay:
         self._update("corpus", f"corpus: {what}", share, 1.0, "", ended=share >= 1)
 
     def watch(self, job: Job, progress: JobProgress | None, state: str) -> None:
-        """Show a job; see :data:`mda_lightning.recipes.jobs.Watch`."""
+        """Show a job; see :data:`mda_lightning.recipes.studies.jobs.Watch`."""
         if state == "kept":
             self._line(f"{job.title}: kept from before")
         elif state == "finished":

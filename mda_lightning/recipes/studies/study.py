@@ -27,9 +27,9 @@ from mda_lightning.corpora import TokenRows
 from mda_lightning.files import atomic_path, read_json, write_json
 from mda_lightning.interventions import Plan
 from mda_lightning.mechanisms import mechanism
-from mda_lightning.recipes.job import peak_memory_bytes
-from mda_lightning.recipes.jobs import Job, Watch, run_jobs
-from mda_lightning.recipes.settings import StudySettings
+from mda_lightning.recipes.studies.job import peak_memory_bytes
+from mda_lightning.recipes.studies.jobs import Job, Watch, run_jobs
+from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.schedule import BaseOrder
 from mda_lightning.store import ScoreTable
 from mda_lightning.window import WindowRule

@@ -23,7 +23,7 @@ from mda_lightning.interventions import Plan
 from mda_lightning.measures import measure
 from mda_lightning.mechanisms import Mechanism, mechanism
 from mda_lightning.pretraining import PythiaModule
-from mda_lightning.recipes.settings import StudySettings
+from mda_lightning.recipes.studies.settings import StudySettings
 
 _PROGRESS_SECONDS = 0.5
 

@@ -1,4 +1,4 @@
-"""The process of one job: ``python -m mda_lightning.recipes.job FOLDER`` (see :mod:`.jobs`)."""
+"""The process of one job: ``python -m mda_lightning.recipes.studies.job FOLDER``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def peak_memory_bytes() -> int:
 
 def main(folder: str) -> None:
     """Run the job in ``folder`` and write what it returns to ``done.json``."""
-    from mda_lightning.recipes.counterfactual_runs import run_arm, run_base
+    from mda_lightning.recipes.studies.runs import run_arm, run_base
 
     # One thread: two speed a run of this size by little, and a resumed run is exact with one.
     torch.set_num_threads(1)

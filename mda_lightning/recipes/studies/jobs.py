@@ -41,7 +41,7 @@ class Job:
     """One process to run.
 
     Attributes:
-        kind: a name that :mod:`mda_lightning.recipes.job` knows.
+        kind: a name that :mod:`mda_lightning.recipes.studies.job` knows.
         title: for people.
         folder: where it works; nothing else writes there.
         spec: JSON values, all that the job needs to know.
@@ -154,7 +154,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with (job.folder / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "mda_lightning.recipes.job", str(job.folder)],
+            [sys.executable, "-m", "mda_lightning.recipes.studies.job", str(job.folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -13,9 +13,9 @@ from typing import Literal
 
 from mda_lightning.analysis.report import build_report
 from mda_lightning.corpora import RecordStyle, TokenRows, embedded_corpus
-from mda_lightning.recipes.counterfactual import Study
-from mda_lightning.recipes.jobs import Watch
-from mda_lightning.recipes.settings import StudySettings
+from mda_lightning.recipes.studies.jobs import Watch
+from mda_lightning.recipes.studies.settings import StudySettings
+from mda_lightning.recipes.studies.study import Study
 
 WandbMode = Literal["online", "offline", "off"]
 QUICKSTART = StudySettings()

@@ -1,0 +1,1 @@
+"""Counterfactual studies: base runs, rankings, arms, and the one command that runs them."""
