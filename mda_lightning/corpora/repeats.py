@@ -57,7 +57,8 @@ def repeated_ngram_share(tokens: NDArray[Any], n: int) -> NDArray[np.float64]:
     Raises:
         ValueError: as there.
     """
-    return repeated_ngrams(tokens, n) / (tokens.shape[1] + 1 - n)
+    share: NDArray[np.float64] = repeated_ngrams(tokens, n) / (tokens.shape[1] + 1 - n)
+    return share
 
 
 def _codes(ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
