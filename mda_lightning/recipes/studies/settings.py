@@ -6,18 +6,40 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 from mda_lightning.files import sha256_of
+from mda_lightning.recipes.studies.arm_settings import (
+    RANKINGS,
+    STANDARD_ARMS,
+    ArmSettings,
+    CurvatureKind,
+    InterventionSettings,
+    Position,
+    ProbeFunction,
+    RankingSettings,
+)
+
+__all__ = [
+    "RANKINGS",
+    "STANDARD_ARMS",
+    "ArmSettings",
+    "CorpusSettings",
+    "CurvatureKind",
+    "InterventionSettings",
+    "ModelSettings",
+    "MonitorSettings",
+    "Position",
+    "ProbeFunction",
+    "RankingSettings",
+    "ScoringSettings",
+    "StudySettings",
+    "SubsetSettings",
+    "TrainingSettings",
+    "WindowSettings",
+]
 
 Estimator = Literal["replay", "in_run"]
-CurvatureKind = Literal["ekfac", "kfac", "identity"]
-ProbeFunction = Literal["attention", "log_attention", "copy_logprob"]
-Position: TypeAlias = int | str
-"""A step: a whole number, or a place in the window, ``"0%"`` its start and ``"100%"`` its end.
-
-Percentages beyond 0 and 100 lie before and after the window.
-"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +88,8 @@ class ModelSettings:
         size: a Pythia size such as ``"14m"``, instead of the five numbers.
         weights: a checkpoint that training begins from instead of the initialisation, as
             ``mda-lightning monitor`` takes it (``EleutherAI/pythia-14m@step0``, or a folder).
+        fresh_optimizer: allow weights of a later step than 0: they come without optimizer state, so
+            that AdamW's moments begin at 0.
     """
 
     n_layers: int = 3
@@ -75,6 +99,7 @@ class ModelSettings:
     rotary_fraction: float = 0.5
     size: str | None = None
     weights: str | None = None
+    fresh_optimizer: bool = False
 
     @property
     def dimensions(self) -> str | dict[str, Any]:
@@ -158,100 +183,6 @@ class ScoringSettings:
     replay_at: tuple[Literal["start", "mid", "end"], ...] = ("mid",)
     units: Literal["target", "all"] = "target"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class RankingSettings:
-    """One way to rank the window's samples: what ``by`` of an arm names.
-
-    Attributes:
-        method: ``influence``; ``loss``, the highest first; ``repeated_ngrams``, how many of a
-            sample's n-grams occurred in it before; ``random``.
-        curvature, probe_function: of ``influence``, where they differ from the scoring's;
-            ``identity`` is the plain dot product of gradients.
-        n: of ``repeated_ngrams``, tokens.
-    """
-
-    method: Literal["influence", "loss", "repeated_ngrams", "random"] = "influence"
-    curvature: CurvatureKind | None = None
-    probe_function: ProbeFunction | None = None
-    n: int = 3
-
-
-RANKINGS: dict[str, RankingSettings] = {
-    "influence": RankingSettings(),
-    "ekfac": RankingSettings(curvature="ekfac"),
-    "kfac": RankingSettings(curvature="kfac"),
-    "dot": RankingSettings(curvature="identity"),
-    "copy_logprob": RankingSettings(probe_function="copy_logprob"),
-    "loss": RankingSettings("loss"),
-    "repeated_ngrams": RankingSettings("repeated_ngrams"),
-    "random": RankingSettings("random"),
-}
-"""Rankings that need not be defined; ``influence`` is by the base run's own scores."""
-
-
-@dataclass(frozen=True)
-class InterventionSettings:
-    """What the arms do, where they do not say otherwise."""
-
-    fraction: float = 0.10
-    placement: Literal["shift", "replace"] = "replace"
-    mode: Literal["dispersed", "concentrated"] = "dispersed"
-    copies: int = 1
-
-
-@dataclass(frozen=True)
-class ArmSettings:
-    """One arm: which samples are chosen, and what is done with them.
-
-    Attributes:
-        do: ``mask``, ``insert``, ``replace`` (samples that are chosen in ``steps`` by those chosen
-            in ``by_steps``), ``prune`` (a random share of the places), ``steer`` (decide while the
-            arm runs).
-        control_of: the arm whose matched random control this is; nothing else is given then but
-            ``draw``.
-        control: the arm that this one is compared with; None takes its own ``control_of``.
-        by: the ranking, see :data:`RANKINGS`.
-        unit: the head whose scores rank: ``target``; a head such as ``L1H2``; ``second``, the next
-            highest μ at the window's end; ``lowest``, the lowest.
-        which: the best or the worst of the ranking.
-        fraction, count: how many samples: a share of those in ``from_steps``, or a number.
-        from_steps: where samples are chosen from, [start, end); None is the window.
-        steps: where it is done; None is the window.
-        mode, placement, copies: of an insertion.
-        weight: of masked samples.
-        policy: of ``steer``: ``suppress`` (mask that fraction of each batch) or ``amplify`` (show
-            that fraction of recent samples again).
-        refresh_every: of ``steer``, steps between fresh scores.
-        draw: number of a random draw.
-    """
-
-    do: Literal["mask", "insert", "replace", "prune", "steer"] = "mask"
-    control_of: str | None = None
-    control: str | None = None
-    by: str = "influence"
-    unit: str = "target"
-    which: Literal["top", "bottom"] = "top"
-    fraction: float | None = None
-    count: int | None = None
-    from_steps: tuple[Position, Position] | None = None
-    steps: tuple[Position, Position] | None = None
-    mode: Literal["dispersed", "concentrated"] | None = None
-    placement: Literal["shift", "replace"] | None = None
-    copies: int | None = None
-    weight: float = 0.0
-    policy: Literal["suppress", "amplify"] = "suppress"
-    refresh_every: int = 50
-    draw: int = 0
-
-
-STANDARD_ARMS: dict[str, ArmSettings] = {
-    "mask-top": ArmSettings(do="mask"),
-    "mask-random": ArmSettings(control_of="mask-top"),
-    "insert-top": ArmSettings(do="insert"),
-    "insert-random": ArmSettings(control_of="insert-top"),
-}
 
 
 @dataclass(frozen=True)
@@ -343,6 +274,14 @@ class StudySettings:
     def content_hash(self) -> str:
         """SHA-256 over every setting."""
         return sha256_of(json.dumps(self.to_dict(), sort_keys=True))
+
+    def base_dict(self) -> dict[str, Any]:
+        """The settings that decide the base run: two studies that agree in them can share it."""
+        values = self.to_dict()
+        for name in ("arms", "intervention", "rankings", "subsets"):
+            del values[name]
+        del values["monitor"]["thresholds"]
+        return values
 
 
 _PARTS: dict[str, Any] = {
