@@ -26,6 +26,33 @@ SHIFTS = {
     "insert-top": 0.045,
     "insert-random": 0.004,
 }
+DECLARED = {
+    "baseline": {"do": "nothing", "control": None, "phrase": "leaving the data alone"},
+    "mask-top": {
+        "do": "mask",
+        "by": "influence",
+        "control": "mask-random",
+        "phrase": "masking the top 10% by EK-FAC influence",
+    },
+    "mask-random": {
+        "do": "mask",
+        "control": None,
+        "control_of": "mask-top",
+        "phrase": "masking as many random samples",
+    },
+    "insert-top": {
+        "do": "insert",
+        "by": "influence",
+        "control": "insert-random",
+        "phrase": "inserting copies of the top 10% by EK-FAC influence",
+    },
+    "insert-random": {
+        "do": "insert",
+        "control": None,
+        "control_of": "insert-top",
+        "phrase": "inserting copies of as many random samples",
+    },
+}
 N_HEADS = 4
 ROW_LENGTH = 97
 WORDS = ("the", "value", "of", "return", "self", "import", "list", "index", "name", "result", "key")
@@ -192,13 +219,16 @@ def write_study(
                 "scores": f"seed-{seed}/scores",
                 "score_unit": target,
                 "arms": {arm: f"seed-{seed}/arms/{arm}" for arm in ARMS},
+                "units": {"target": target, "second": "L1H3", "lowest": "L0H0"},
+                "branch": start,
+                "end": end + 100,
                 "measured_at": [end, end + 20, end + 40],
             }
         )
     write_json(
         folder / "study.json",
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "kind": "counterfactual",
             "title": "Quickstart: which data made the induction head?",
             "created": "2026-01-05T10:00:00+00:00",
@@ -208,6 +238,9 @@ def write_study(
             "metric": "induction",
             "chance": 0.052,
             "treated_fraction": 0.10,
+            "thresholds": [0.2, 0.3],
+            "held_out": None,
+            "arms": DECLARED,
             "window_rule": {"up": 0.1, "consecutive": 5},
             "timings": {"corpus": 12.3, "base runs": 140.0, "arms": 225.5, "report": 6.1},
             "peak_memory_bytes": 2 * 2**30,

@@ -16,7 +16,7 @@ from synthetic_study import ARMS, SHIFTS, UNSAFE, write_corpus, write_scores, wr
 
 from mda_lightning.analysis.influences import seed_influence
 from mda_lightning.analysis.report import build_report, flattened
-from mda_lightning.analysis.study import StudyError, control_of, load_study
+from mda_lightning.analysis.study import StudyError, load_study
 from mda_lightning.analysis.verdicts import comparisons
 from mda_lightning.store import ScoreTable, ScoreWriter
 
@@ -218,10 +218,10 @@ def test_an_arm_that_stopped_early_has_a_curve_and_no_value(tmp_path: Path) -> N
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"holds no study\.json"):
         build_report(tmp_path)
-    (tmp_path / "study.json").write_text('{"schema_version": 2}')
-    with pytest.raises(StudyError, match="schema_version 2"):
+    (tmp_path / "study.json").write_text('{"schema_version": 1}')
+    with pytest.raises(StudyError, match=r"schema_version 1; this version reads 2: run the study"):
         build_report(tmp_path)
-    (tmp_path / "study.json").write_text('{"schema_version": 1, "kind": "other"}')
+    (tmp_path / "study.json").write_text('{"schema_version": 2, "kind": "other"}')
     with pytest.raises(StudyError, match="'other'"):
         build_report(tmp_path)
 
@@ -262,10 +262,6 @@ def test_samples_trained_on_twice_count_once_and_nan_never(tmp_path: Path) -> No
         seed_influence(table.folder, seed=0, unit="L0H0", fraction=0.1)
 
 
-def test_controls_and_flattened_settings() -> None:
-    assert control_of("mask-top", ARMS) == "mask-random"
-    assert control_of("mask-random", ARMS) is None
-    assert control_of("prune-top", ARMS) is None
-    assert control_of("baseline", ARMS) is None
+def test_flattened_settings() -> None:
     nested = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": None}]}
     assert list(flattened(nested)) == [("a.b", "1"), ("a.c", "1, 2"), ("d.0.e", "none")]

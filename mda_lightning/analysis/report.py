@@ -28,7 +28,7 @@ from mda_lightning.analysis.report_figures import (
 )
 from mda_lightning.analysis.samples import MOST_TOKENS, ShownSample, pieces_of
 from mda_lightning.analysis.study import Study, load_study
-from mda_lightning.analysis.verdicts import comparisons, doubts, phrase, plural, summary
+from mda_lightning.analysis.verdicts import comparisons, doubts, plural, summary
 from mda_lightning.corpora import TokenRows
 from mda_lightning.files import atomic_path
 
@@ -193,7 +193,7 @@ def _arm_rows(study: Study) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "phrase": phrase(name),
+                "phrase": study.declared[name].phrase,
                 "values": values,
                 "mean": float(np.mean(known)) if known else None,
                 "error": float(np.std(known, ddof=1)) / math.sqrt(len(known))

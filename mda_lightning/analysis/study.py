@@ -14,20 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 
+from mda_lightning.analysis.run_curves import (
+    HeadCurves,
+    StudyError,
+    read_head_curves,
+)
 from mda_lightning.files import read_json
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "BASELINE",
+    "Arm",
+    "DeclaredArm",
+    "HeadCurves",
+    "SeedRun",
+    "Study",
+    "StudyError",
+    "StudyWindow",
+    "load_study",
+    "read_head_curves",
+]
+
+SCHEMA_VERSION = 2
 BASELINE = "baseline"
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-
-class StudyError(ValueError):
-    """The folder cannot be read as a study; the message says what is wrong and what to do."""
+RANDOM = "random"
+METRICS = "unit_metrics.parquet"
 
 
 @dataclass(frozen=True)
@@ -44,35 +55,36 @@ class StudyWindow:
 
 
 @dataclass(frozen=True)
-class HeadCurves:
-    """One metric of every head over one run.
+class DeclaredArm:
+    """An arm as the study declares it.
 
     Attributes:
-        units: head names ("L1H2"), ordered by layer then head, [U].
-        steps: evaluation steps, ascending, [S].
-        values: [S, U], NaN where a head was not evaluated.
-        errors: standard errors over probe sequences, [S, U].
+        name: "baseline", "mask-top", ...
+        do: "nothing", "mask", "insert", "replace", "prune" or "steer".
+        phrase: how a sentence calls it: "masking the top 10% by EK-FAC influence".
+        control: the arm it is compared with, where one is declared.
+        control_of: the arm whose matched random control this is.
+        by: the ranking that chose its samples; ``None`` where nothing says.
+        settings: everything the study says of it.
     """
 
-    units: tuple[str, ...]
-    steps: Ints
-    values: Floats
-    errors: Floats
+    name: str
+    do: str
+    phrase: str
+    control: str | None
+    control_of: str | None
+    by: str | None
+    settings: Mapping[str, Any]
 
-    def of(self, unit: str) -> tuple[Ints, Floats]:
-        """(steps, values) of one head.
+    @property
+    def is_random(self) -> bool:
+        """Whether chance chose its samples, so that it can serve as a control."""
+        return self.control_of is not None or self.by == RANDOM
 
-        Raises:
-            StudyError: the run did not evaluate that head.
-        """
-        if unit not in self.units:
-            raise StudyError(
-                f"head {unit} was not evaluated in this run: it has "
-                f"{self.units[0]}..{self.units[-1]}"
-            )
-        column = self.values[:, self.units.index(unit)]
-        known = np.isfinite(column)
-        return self.steps[known], column[known]
+    @property
+    def is_treated(self) -> bool:
+        """Whether it is judged: neither the untouched run nor a random control."""
+        return self.name != BASELINE and self.control_of is None
 
 
 @dataclass(frozen=True)
@@ -81,18 +93,28 @@ class Arm:
 
     Attributes:
         name: "baseline", "mask-top", ...
-        curves: ``None`` when the run left no metrics.
+        curves: the study's metric; ``None`` when the run left none.
         value: mean of the target head's metric over ``measured_at``; ``None`` when not reached.
+        metrics: path of its ``unit_metrics.parquet``, where it could be read.
     """
 
     name: str
     curves: HeadCurves | None
     value: float | None
+    metrics: Path | None = None
 
 
 @dataclass(frozen=True)
 class SeedRun:
-    """Everything one seed left behind."""
+    """Everything one seed left behind.
+
+    Attributes:
+        units: heads by their part: "target", "second", "lowest".
+        branch: step at which the first arm leaves the base run.
+        end: last step of the arms.
+        rankings: folder of the rankings of the window's samples.
+        subsets: file of what random subsets gave.
+    """
 
     seed: int
     status: str
@@ -104,6 +126,11 @@ class SeedRun:
     score_unit: str | None
     arms: dict[str, Arm]
     measured_at: tuple[int, ...]
+    units: Mapping[str, str] = field(default_factory=dict)
+    branch: int | None = None
+    end: int | None = None
+    rankings: Path | None = None
+    subsets: Path | None = None
 
     @property
     def without_window(self) -> bool:
@@ -116,6 +143,10 @@ class Study:
     """A study folder.
 
     Attributes:
+        metric: the mechanism, which names μ: "induction" or "previous_token".
+        declared: every arm of the study, the baseline first, then in the recipe's order.
+        thresholds: values of μ whose crossing is compared.
+        held_out: rows that were not trained on, where there are some.
         notes: plain sentences about what is missing or unreadable, in seed order.
     """
 
@@ -125,8 +156,11 @@ class Study:
     metric: str
     chance: float | None
     treated_fraction: float
+    declared: Mapping[str, DeclaredArm]
+    thresholds: tuple[float, ...]
     seeds: tuple[SeedRun, ...]
     corpus: Path | None
+    held_out: Path | None
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
     window_rule: Any
@@ -136,65 +170,20 @@ class Study:
 
     @property
     def arm_names(self) -> tuple[str, ...]:
-        """Arms of any seed: the baseline first, then in the order the study lists them."""
-        names = dict.fromkeys(name for seed in self.seeds for name in seed.arms)
-        return tuple(sorted(names, key=lambda name: name != BASELINE))
+        """All declared arms, the baseline first."""
+        return tuple(self.declared)
 
-
-def control_of(arm: str, arms: tuple[str, ...]) -> str | None:
-    """The matched random control of an arm: "mask-top" has "mask-random", where it was run."""
-    operation, _, selection = arm.rpartition("-")
-    control = f"{operation}-random"
-    return control if operation and selection != "random" and control in arms else None
-
-
-def read_head_curves(path: str | Path, metric: str) -> HeadCurves:
-    """Read one metric of all heads from a ``unit_metrics.parquet``.
-
-    Raises:
-        StudyError: the file is damaged, lacks a column, or never logged the metric.
-    """
-    try:
-        frame = pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise StudyError(f"{path} cannot be read as Parquet ({error})") from error
-    absent = {"step", "layer", "head", "metric", "value"} - set(frame.columns)
-    if absent:
-        raise StudyError(f"{path} has no column {sorted(absent)[0]!r}: it is not a metrics table")
-    chosen = frame[frame["metric"] == metric]
-    if chosen.empty:
-        logged = ", ".join(sorted(map(str, frame["metric"].unique()))) or "nothing"
-        raise StudyError(f"{path} holds no metric {metric!r}: it logged {logged}")
-    chosen = chosen.dropna(subset=["layer", "head"])
-    if chosen.empty:
-        raise StudyError(f"{path}: {metric!r} is a number of the whole model, not one a head")
-    # Beside numbers of the whole model, which have no head, Parquet reads heads as floats.
-    chosen = chosen.astype({"layer": int, "head": int})
-    wide = chosen.pivot_table(
-        index="step", columns=["layer", "head"], values="value", aggfunc="last", dropna=False
-    ).sort_index(axis=1)
-    errors = np.full(wide.shape, np.nan)
-    if "se" in chosen.columns:
-        errors = (
-            chosen.pivot_table(
-                index="step", columns=["layer", "head"], values="se", aggfunc="last", dropna=False
-            )
-            .reindex(index=wide.index, columns=wide.columns)
-            .to_numpy(dtype=np.float64)
-        )
-    return HeadCurves(
-        units=tuple(f"L{layer}H{head}" for layer, head in wide.columns),
-        steps=wide.index.to_numpy(dtype=np.int64),
-        values=wide.to_numpy(dtype=np.float64),
-        errors=errors,
-    )
+    def control_of(self, arm: str) -> str | None:
+        """The arm that ``arm`` is declared to be compared with."""
+        return self.declared[arm].control
 
 
 def load_study(folder: str | Path) -> Study:
     """Read a study folder, whatever part of it exists.
 
     Raises:
-        StudyError: there is no ``study.json``, or it is of another kind or schema version.
+        StudyError: there is no ``study.json``, it is of another kind or schema version, or an arm
+            is declared against one that the study does not have.
     """
     root = Path(folder)
     path = root / "study.json"
@@ -207,14 +196,16 @@ def load_study(folder: str | Path) -> Study:
     if version != SCHEMA_VERSION:
         raise StudyError(
             f"{path} has schema_version {version!r}; this version reads {SCHEMA_VERSION}: "
-            "use the release that wrote it, or run the study again"
+            "run the study again, or read it with the release that wrote it"
         )
     if raw.get("kind") != "counterfactual":
         raise StudyError(f"{path} is a {raw.get('kind')!r} study; this reads 'counterfactual' ones")
     notes: list[str] = []
     metric = str(raw.get("metric", "induction"))
-    seeds = tuple(_seed(root, entry, metric, notes) for entry in raw.get("seeds") or [])
-    corpus = root / raw["corpus"] if raw.get("corpus") else None
+    declared = _declared(path, raw.get("arms") or {})
+    seeds = tuple(
+        _seed(root, entry, metric, tuple(declared), notes) for entry in raw.get("seeds") or []
+    )
     chance = raw.get("chance")
     return Study(
         folder=root,
@@ -223,8 +214,11 @@ def load_study(folder: str | Path) -> Study:
         metric=metric,
         chance=None if chance is None else float(chance),
         treated_fraction=float(raw.get("treated_fraction") or 0.10),
+        declared=declared,
+        thresholds=tuple(float(value) for value in raw.get("thresholds") or ()),
         seeds=seeds,
-        corpus=corpus,
+        corpus=_inside(root, raw.get("corpus")),
+        held_out=_inside(root, raw.get("held_out")),
         config=raw.get("config") or {},
         provenance=raw.get("provenance") or {},
         window_rule=raw.get("window_rule"),
@@ -234,7 +228,41 @@ def load_study(folder: str | Path) -> Study:
     )
 
 
-def _seed(root: Path, entry: Mapping[str, Any], metric: str, notes: list[str]) -> SeedRun:
+def _declared(path: Path, raw: Mapping[str, Any]) -> dict[str, DeclaredArm]:
+    """The arms, the untouched run first even where the file does not declare it."""
+    every = {BASELINE: {"do": "nothing", "phrase": "leaving the data alone"}, **raw}
+    arms = {}
+    for name, entry in every.items():
+        control = entry.get("control")
+        if control is not None and (control not in every or control == name):
+            raise StudyError(
+                f"{path}: arm {name!r} is declared against {control!r}, which is no other arm of "
+                f"the study; there are: {', '.join(every)}"
+            )
+        by = entry.get("by")
+        arms[str(name)] = DeclaredArm(
+            name=str(name),
+            do=str(entry.get("do") or "nothing"),
+            phrase=str(entry.get("phrase") or f"arm {name}"),
+            control=None if control is None else str(control),
+            control_of=entry.get("control_of"),
+            by=None if by is None else str(by),
+            settings=dict(entry),
+        )
+    return arms
+
+
+def _inside(root: Path, where: str | None) -> Path | None:
+    return root / where if where else None
+
+
+def _seed(
+    root: Path,
+    entry: Mapping[str, Any],
+    metric: str,
+    declared: tuple[str, ...],
+    notes: list[str],
+) -> SeedRun:
     seed = int(entry.get("seed", 0))
     status = str(entry.get("status") or "unfinished")
     target = entry.get("target")
@@ -244,20 +272,29 @@ def _seed(root: Path, entry: Mapping[str, Any], metric: str, notes: list[str]) -
     )
     arms = {}
     short: list[str] = []
-    for name, where in (entry.get("arms") or {}).items():
+    finished = entry.get("arms") or {}
+    for name in [arm for arm in declared if arm in finished]:
+        where = finished[name]
         curves = _curves(root, where, metric, notes, f"seed {seed}: arm {name}")
         value = None
         if curves is not None and target is not None:
             value = _measured(curves, str(target), steps)
             if value is None:
                 short.append(str(name))
-        arms[str(name)] = Arm(str(name), curves, value)
+        metrics = None if curves is None else root / where / METRICS
+        arms[name] = Arm(name, curves, value, metrics)
+    absent = [name for name in declared if name not in finished]
+    if absent and status != "no_window" and finished:
+        notes.append(f"Seed {seed}: not finished: {', '.join(absent)}.")
+    elsewhere = [name for name in finished if name not in declared]
+    if elsewhere:
+        notes.append(f"Seed {seed}: not declared, so left out: {', '.join(elsewhere)}.")
     if short:
         notes.append(
             f"Seed {seed}: not measured where the arms are compared (stopped before it): "
             f"{', '.join(short)}."
         )
-    scores = root / entry["scores"] if entry.get("scores") else None
+    scores = _inside(root, entry.get("scores"))
     if scores is not None and not scores.exists():
         notes.append(f"Seed {seed}: the score table is absent; scoring had not finished.")
         scores = None
@@ -272,7 +309,16 @@ def _seed(root: Path, entry: Mapping[str, Any], metric: str, notes: list[str]) -
         score_unit=entry.get("score_unit") or target,
         arms=arms,
         measured_at=steps,
+        units={str(part): str(unit) for part, unit in (entry.get("units") or {}).items()},
+        branch=_whole(entry.get("branch")),
+        end=_whole(entry.get("end")),
+        rankings=_inside(root, entry.get("rankings")),
+        subsets=_inside(root, entry.get("subsets")),
     )
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _window(raw: Mapping[str, Any]) -> StudyWindow:
@@ -284,7 +330,7 @@ def _curves(
     root: Path, where: str | None, metric: str, notes: list[str], what: str
 ) -> HeadCurves | None:
     sentence = what[:1].upper() + what[1:]
-    path = root / where / "unit_metrics.parquet" if where else None
+    path = root / where / METRICS if where else None
     if path is None or not path.is_file():
         notes.append(f"{sentence} left no metrics (it had not finished, or was not started).")
         return None

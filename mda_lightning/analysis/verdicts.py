@@ -9,31 +9,18 @@ import numpy as np
 from mda_lightning.analysis.effects import LateDifference, late_difference, paired_effects
 from mda_lightning.analysis.figures.training import Comparison
 from mda_lightning.analysis.influences import SeedInfluence
-from mda_lightning.analysis.study import BASELINE, SeedRun, Study, control_of
-
-PHRASES = {
-    BASELINE: "leaving the data alone",
-    "mask-top": "masking the top-scored samples",
-    "mask-random": "masking as many random samples",
-    "insert-top": "inserting copies of the top-scored samples",
-    "insert-random": "inserting copies of as many random samples",
-}
-
-
-def phrase(arm: str) -> str:
-    """How a sentence calls an arm."""
-    return PHRASES.get(arm, f"arm {arm}")
+from mda_lightning.analysis.study import BASELINE, SeedRun, Study
 
 
 def comparisons(study: Study) -> tuple[list[Comparison], list[Comparison]]:
     """(treated against control, control against baseline), over the seeds that have both."""
-    names = study.arm_names
-    treated = [(arm, control_of(arm, names)) for arm in names]
-    main = [_compare(study, arm, control) for arm, control in treated if control is not None]
+    main = [
+        _compare(study, arm.name, arm.control) for arm in study.declared.values() if arm.control
+    ]
     controls = [
-        _compare(study, arm, BASELINE)
-        for arm in names
-        if arm.endswith("-random") and BASELINE in names
+        _compare(study, arm.name, BASELINE)
+        for arm in study.declared.values()
+        if arm.control_of is not None
     ]
     return [c for c in main if c is not None], [c for c in controls if c is not None]
 
@@ -51,8 +38,8 @@ def _compare(study: Study, arm: str, control: str) -> Comparison | None:
     effect = paired_effects(
         [a for _, a, _ in complete],
         [b for _, _, b in complete],
-        treated_name=phrase(arm),
-        control_name=phrase(control),
+        treated_name=study.declared[arm].phrase,
+        control_name=study.declared[control].phrase,
         quantity=f"{study.metric} score of the target head",
         late=late,
     )
