@@ -22,7 +22,7 @@ from mda_lightning.callbacks.window_replay import WindowData, replay_window
 from mda_lightning.corpora import TokenRows, embedded_corpus
 from mda_lightning.influence.inverse_probes import CurvatureSettings
 from mda_lightning.mechanisms import Mechanism, mechanism
-from mda_lightning.recipes.studies.runs import build_data, build_module, build_monitor
+from mda_lightning.recipes.studies.building import build_data, build_module, build_monitor
 from mda_lightning.recipes.studies.quickstart import QUICKSTART
 from mda_lightning.store import ScoreTable
 

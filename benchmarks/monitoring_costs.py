@@ -26,7 +26,7 @@ from mda_lightning.corpora import TokenRows
 from mda_lightning.measures import measure
 from mda_lightning.pretraining import PythiaModule
 from mda_lightning.pretraining.loss import sequence_losses, weighted_loss
-from mda_lightning.recipes.studies.runs import build_data, build_module, build_monitor
+from mda_lightning.recipes.studies.building import build_data, build_module, build_monitor
 from mda_lightning.recipes.studies.quickstart import QUICKSTART, quickstart_corpus
 
 Rows = Iterator[tuple[str, tuple[float, float, float]]]

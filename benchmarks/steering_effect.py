@@ -21,7 +21,7 @@ from mda_lightning.callbacks.steering.targets import Target
 from mda_lightning.corpora import TokenRows
 from mda_lightning.files import read_json
 from mda_lightning.interventions import Plan
-from mda_lightning.recipes.studies.runs import build_data, build_module, build_monitor
+from mda_lightning.recipes.studies.building import build_data, build_module, build_monitor
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.units import parse_unit
 

@@ -26,7 +26,7 @@ from mda_lightning.callbacks import UnitMonitor
 from mda_lightning.callbacks.attachment import versions
 from mda_lightning.callbacks.monitor_output import TABLE_NAME
 from mda_lightning.files import atomic_path
-from mda_lightning.recipes.studies.runs import build_data, build_module
+from mda_lightning.recipes.studies.building import build_data, build_module
 from mda_lightning.recipes.studies.quickstart import QUICKSTART, quickstart_corpus
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.recipes.window_table import chance_values, read_table
