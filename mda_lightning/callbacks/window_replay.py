@@ -118,6 +118,7 @@ def replay_window(
     batch_size: int | None,
     settings: CurvatureSettings,
     work: Path,
+    curvature_data: WindowData | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
@@ -138,6 +139,7 @@ def replay_window(
         batch_size: sequences at once; None takes as many as half of the free memory holds.
         settings: of the curvature.
         work: a folder for this; whoever calls removes it.
+        curvature_data: samples that the curvature is estimated on; None takes ``data``.
         rank, world_size: this process, and how many share the work.
         progress: told what is done, how many samples, and of how many.
 
@@ -148,7 +150,7 @@ def replay_window(
     # A sample that was trained on twice is scored once.
     unique = np.unique(data.sample_id)
     own = unique[len(unique) * rank // world_size : len(unique) * (rank + 1) // world_size]
-    curvature_ids = data.spread(n_curvature)
+    curvature_ids = (curvature_data or data).spread(n_curvature)
     if settings.tolerance is not None:  # any beginning of it represents the window
         curvature_ids = np.random.default_rng(settings.seed).permutation(curvature_ids)
     chunks: list[ChunkFolder] = []

@@ -220,13 +220,15 @@ def build_trainer(
     *,
     max_steps: int,
     callbacks: Sequence[pl.Callback],
+    logged: bool = True,
 ) -> pl.Trainer:
-    """The Trainer of a base run or an arm."""
-    training, every = settings.training, settings.training.checkpoint_every_n_steps
+    """The Trainer of a base run or an arm; ``logged`` ones also keep checkpoints to resume from."""
+    training = settings.training
+    every = training.checkpoint_every_n_steps if logged else 0
     micro_batches = training.batch_size // (training.micro_batch or training.batch_size)
     own: list[pl.Callback] = [*callbacks, ProgressFile(folder, "training", settings.mechanism)]
     if every:
-        # One file, the latest; its name carries no step, which a resumed run would name anew.
+        # Of these the latest alone is kept.
         own.append(ModelCheckpoint(folder / _RESUME, every_n_train_steps=every, save_top_k=1))
     return pl.Trainer(
         accelerator=training.accelerator,
@@ -234,7 +236,7 @@ def build_trainer(
         precision=training.precision,  # type: ignore[arg-type]  # Lightning checks the text
         accumulate_grad_batches=micro_batches,
         max_steps=max_steps,
-        logger=_loggers(folder, spec),
+        logger=_loggers(folder, spec) if logged else False,
         callbacks=own,
         log_every_n_steps=50,
         enable_checkpointing=bool(every),
