@@ -1,4 +1,4 @@
-"""Companions to the mechanisms' scores: ablation, in-context learning, copying, attention on text.
+"""Companions to the mechanisms' scores: ablation, copying, and what is measured on text.
 
 Each satisfies :class:`mda_lightning.measures.Measure`. The text is read once, at ``check``, or at
 the first measurement.
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mda_lightning.architectures import ModelLayout, check_token_ids, describe, real_token_ids
 from mda_lightning.evaluation_text import TextSource, describe_text, own_row_length, text_rows
 from mda_lightning.files import sha256_of
-from mda_lightning.metrics import AblationContribution, AttentionScore, UnitScores
+from mda_lightning.metrics import AblationContribution, AttentionScore, TextLoss, UnitScores
 from mda_lightning.metrics.ablation import Replacement
 from mda_lightning.metrics.copying import CopyingScore, copying_sequences
 from mda_lightning.metrics.icl import (
@@ -212,6 +212,40 @@ class InContextLearning(_OnText):
             context = min(DEFAULT_CONTEXT, context_limit(model) or DEFAULT_CONTEXT)
             context = context if own is None else min(context, own - 1)
         icl_positions(context)
+        check_context(model, context)
+        return context + 1
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeldOutLoss(_OnText):
+    """``held_out_loss``: mean next-token cross-entropy in nats, of rows that nothing is trained on.
+
+    The text is the caller's: a validation file, or rows kept back from training.
+
+    Attributes:
+        context: predicted tokens in a row; None takes the text's own rows, or 512, or as many as
+            the model can read.
+    """
+
+    name: ClassVar[str] = "held_out_loss"
+    _plain: ClassVar[tuple[str, ...]] = ("n_rows", "context")
+    context: int | None = None
+
+    def check(self, model: PreTrainedModel) -> None:
+        check_tokens(model, self.rows(model))
+
+    def measure(self, model: PreTrainedModel) -> dict[str, UnitScores]:
+        # Every rank measures the same rows: added up, they would count twice.
+        metric = TextLoss(self.rows(model), sync_on_compute=False)
+        metric.update(model)
+        return {self.name: metric.compute()}
+
+    def _row_length(self, model: PreTrainedModel) -> int:
+        context = self.context
+        if context is None:
+            own = own_row_length(self.text)
+            context = DEFAULT_CONTEXT if own is None else own - 1
+            context = min(context, context_limit(model) or context)
         check_context(model, context)
         return context + 1
 

@@ -1,7 +1,8 @@
 """What is measured of a model beside its mechanisms: companions that nothing is attributed to.
 
 A mechanism has a μ, weights and a probe function; a measure is a number, or a number a head, that
-is only watched: ablation contribution, in-context learning, copying, attention on text.
+is only watched: ablation contribution, in-context learning, held-out loss, copying, attention on
+text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from mda_lightning.companion_measures import (
     Ablation,
     Copying,
+    HeldOutLoss,
     InContextLearning,
     PrefixMatching,
     PreviousTokenOnText,
@@ -89,6 +91,7 @@ class Mu:
 MEASURES: dict[str, Callable[..., Measure]] = {
     Ablation.name: Ablation,
     InContextLearning.name: InContextLearning,
+    HeldOutLoss.name: HeldOutLoss,
     Copying.name: Copying,
     PrefixMatching.name: PrefixMatching,
     PreviousTokenOnText.name: PreviousTokenOnText,

@@ -44,7 +44,9 @@ from mda_lightning.mechanisms import mechanism
 from mda_lightning.store import ScoreTable
 
 TEXT = torch.randint(1, VOCABULARY, (4, 41), generator=torch.Generator().manual_seed(5)).numpy()
-MEASURES = ("ablation", "icl", "copying", "prefix_matching", "previous_token_text")
+MEASURES = (
+    *("ablation", "icl", "held_out_loss", "copying", "prefix_matching", "previous_token_text"),
+)
 
 
 def all_measures(clock: Clock) -> list[Any]:
@@ -53,6 +55,7 @@ def all_measures(clock: Clock) -> list[Any]:
     return [
         measures.measure("ablation", n_sequences=4, every_n_steps=2),
         measures.measure("icl", text=TEXT, every_n_steps=3),
+        measures.measure("held_out_loss", text=TEXT, every_n_steps=4),
         measures.measure("copying", every_n_steps=4),
         measures.measure("prefix_matching", text=TEXT, length=32, every_n_steps=4),
         measures.measure("previous_token_text", text=TEXT, length=32, every_n_steps=4),

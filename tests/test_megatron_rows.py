@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         megatron_rows(refused, uneven, vocab_size=504)
     gap = write_megatron(tmp_path / "gap", cuts=(50, 100))
     (gap / "document-00001-of-00002.bin").unlink()
-    with pytest.raises(FileNotFoundError, match="shard 1 .* is absent"):
+    with pytest.raises(FileNotFoundError, match=r"shard 1 .* is absent"):
         megatron_rows(refused, gap, vocab_size=504)
     (gap / "document-00000-of-00002.bin").unlink()
     (gap / "document-00002-of-00002.bin").unlink()

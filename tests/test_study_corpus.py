@@ -19,7 +19,23 @@ from mda_lightning.recipes.studies.study_corpus import (
 )
 from mda_lightning.shuffling import key_of
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boxed five more".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "boxed",
+    "five",
+    "more",
+]
 
 
 def lines(n: int, *, seed: int = 0) -> list[dict]:
@@ -150,7 +166,7 @@ def test_a_validation_file_is_read_with_the_training_tokenizer(
 def test_a_corpus_is_kept_under_all_that_determines_it(tmp_path: Path, corpus_file: Path) -> None:
     told: list[tuple[str, float]] = []
     first = study_corpus(jsonl(corpus_file, held_out_rows=8), tmp_path, lambda *a: told.append(a))
-    assert any("tokenising train.jsonl.gz" == what for what, _ in told)
+    assert any(what == "tokenising train.jsonl.gz" for what, _ in told)
     assert all(0 <= share <= 1 for _, share in told)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again = study_corpus(jsonl(corpus_file, held_out_rows=8), tmp_path)

@@ -18,6 +18,7 @@ from mda_lightning.metrics.copying import (
 )
 from mda_lightning.metrics.icl import ICLScore, icl_per_sequence, position_losses
 from mda_lightning.metrics.over_sequences import MeanOverSequences, UnitScores, summarise
+from mda_lightning.metrics.text_loss import TextLoss
 
 __all__ = [
     "AblationContribution",
@@ -28,6 +29,7 @@ __all__ = [
     "InductionScore",
     "MeanOverSequences",
     "PreviousTokenScore",
+    "TextLoss",
     "UnitScores",
     "ablation_drops",
     "attention_per_sequence",
