@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 
 from mda_lightning.corpora import RecordStyle, TokenRows, embedded_corpus, rows_from_jsonl
+from mda_lightning.recipes.studies.held_out_rows import stratified_blocks
 from mda_lightning.recipes.studies.settings import CorpusSettings
-from mda_lightning.recipes.studies.study_corpus import (
-    filled_in,
-    stratified_blocks,
-    study_corpus,
-)
+from mda_lightning.recipes.studies.study_corpus import filled_in, study_corpus
 from mda_lightning.shuffling import key_of
 
 WORDS = [
