@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 
 Direction = Literal["higher", "lower", "no clear difference", "one seed"]
 MINUS = "\N{MINUS SIGN}"
@@ -139,6 +140,30 @@ def paired_effects(
         effect, treated_name=treated_name, control_name=control_name, quantity=quantity, late=late
     )
     return Effect(mean, low, high, n, verdict, direction, effect.differences)
+
+
+def paired_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of Student's paired t test that the mean difference is 0.
+
+    Returns:
+        ``None`` with fewer than 2 seeds; differences that are all equal give 1 at 0, else 0.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.size < 2:
+        return None
+    if np.ptp(values) == 0:
+        return 1.0 if values[0] == 0 else 0.0
+    return float(ttest_1samp(values, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of p values for there being several (Holm 1979), in order."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in adjusted]
 
 
 def _direction(n: int, low: float, high: float) -> Direction:

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mda_lightning.units import parse_unit
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -74,13 +76,26 @@ def model_curve(frame: pd.DataFrame, name: str) -> tuple[Ints, Floats] | None:
     Returns:
         ``None`` when it was never logged.
     """
-    named = frame["metric"].astype(str)
-    rows = frame[((named == name) | named.str.startswith(f"{name}@")) & frame["head"].isna()]
-    rows = rows[np.isfinite(rows["value"].to_numpy(dtype=np.float64))]
-    if rows.empty:
+    names = [m for m in frame["metric"].unique() if m == name or str(m).startswith(f"{name}@")]
+    return _curve(frame[frame["metric"].isin(names) & frame["head"].isna()])
+
+
+def head_curve(frame: pd.DataFrame, metric: str, unit: str) -> tuple[Ints, Floats] | None:
+    """(steps, values) of one metric of one head, finite values only; ``None`` without any."""
+    head = parse_unit(unit)
+    rows = frame[frame["metric"] == metric]
+    return _curve(rows[(rows["layer"] == head.layer) & (rows["head"] == head.head)])
+
+
+def _curve(rows: pd.DataFrame) -> tuple[Ints, Floats] | None:
+    """The last value of every step, ascending."""
+    values = rows["value"].to_numpy(dtype=np.float64)
+    known = np.isfinite(values)
+    if not known.any():
         return None
-    last = rows.groupby("step")["value"].last()
-    return last.index.to_numpy(dtype=np.int64), last.to_numpy(dtype=np.float64)
+    last = dict(zip(rows["step"].to_numpy()[known].tolist(), values[known].tolist(), strict=True))
+    steps = np.array(sorted(last), dtype=np.int64)
+    return steps, np.array([last[step] for step in steps.tolist()], dtype=np.float64)
 
 
 def read_head_curves(path: str | Path, metric: str) -> HeadCurves:
@@ -96,12 +111,7 @@ def read_head_curves(path: str | Path, metric: str) -> HeadCurves:
         raise StudyError(f"{path} holds no metric {metric!r}: it logged {logged}")
     if chosen["head"].isna().all():
         raise StudyError(f"{path}: {metric!r} is a number of the whole model, not one a head")
-    return head_curves(chosen)
-
-
-def head_curves(frame: pd.DataFrame) -> HeadCurves:
-    """Curves of the rows of one metric; rows of the whole model, without a head, are left out."""
-    chosen = frame.dropna(subset=["layer", "head"])
+    chosen = chosen.dropna(subset=["layer", "head"])
     # Beside numbers of the whole model, which have no head, Parquet reads heads as floats.
     chosen = chosen.astype({"layer": int, "head": int})
     wide = chosen.pivot_table(

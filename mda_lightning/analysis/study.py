@@ -153,6 +153,7 @@ class Study:
     folder: Path
     title: str
     created: str
+    settings_hash: str
     metric: str
     chance: float | None
     treated_fraction: float
@@ -211,6 +212,7 @@ def load_study(folder: str | Path) -> Study:
         folder=root,
         title=str(raw.get("title") or root.name),
         created=str(raw.get("created") or ""),
+        settings_hash=str(raw.get("settings_hash") or ""),
         metric=metric,
         chance=None if chance is None else float(chance),
         treated_fraction=float(raw.get("treated_fraction") or 0.10),
