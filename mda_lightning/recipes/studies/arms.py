@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mda_lightning.base_order import BaseOrder
-from mda_lightning.interventions import Plan
+from mda_lightning.corpora import TokenRows
+from mda_lightning.corpora.inserted import inserted_from_generator
+from mda_lightning.interventions import Plan, Source
 from mda_lightning.interventions.selection import samples_of
 from mda_lightning.recipes.studies.settings import ArmSettings, Position, StudySettings
 from mda_lightning.store.ranking import extreme
@@ -42,7 +45,7 @@ class SeedFacts:
         units: "target", "second" and "lowest" -> head.
         corpus_hash, order: of the base run's stream.
         rankings: of the samples.
-        last_step: at which the arms end, at the latest.
+        generated: arm -> the samples that its generator made.
     """
 
     seed: int
@@ -51,7 +54,7 @@ class SeedFacts:
     corpus_hash: str
     order: BaseOrder
     rankings: Rankings
-    source: Mapping[str, Any] = field(default_factory=dict)
+    generated: Mapping[str, Source] = field(default_factory=dict)
 
     def unit(self, name: str) -> str:
         """A head by what an arm calls it."""
@@ -151,6 +154,8 @@ def phrase_of(name: str, settings: StudySettings) -> str:
     if arm.do == "steer":
         doing = {"suppress": "masking", "amplify": "showing again"}[arm.policy]
         return f"{doing} the {arm.which} {share} while it trained"
+    if arm.generator is not None:
+        return f"inserting {share} generated samples ({arm.generator})"
     what = "samples of a random order" if arm.by == "random" else ""
     what = what or f"the {arm.which} {share} by {_method(arm, settings)}"
     doing = {"mask": "masking", "insert": "inserting", "replace": "replacing"}[arm.do]
@@ -172,9 +177,17 @@ def phrase_of(name: str, settings: StudySettings) -> str:
 def _treated(name: str, arm: ArmSettings, settings: StudySettings, facts: SeedFacts) -> Plan:
     steps = steps_of(arm.steps, facts.window)
     what = settings.intervention
-    source: dict[str, Any] = {**facts.source}
+    source: dict[str, Any] = {}
+    inserting: dict[str, Any] = {
+        "mode": arm.mode or what.mode,
+        "steps": steps,
+        "placement": arm.placement or what.placement,
+        "copies": arm.copies or what.copies,
+    }
     if arm.do == "prune":
-        plan = Plan.prune(_fraction(arm, settings), steps, weight=arm.weight, draw=arm.draw)
+        plan = Plan.prune(fraction_of(arm, settings), steps, weight=arm.weight, draw=arm.draw)
+    elif arm.generator is not None:
+        plan = Plan.insert_rows(facts.generated[name], **inserting)
     else:
         chosen = chosen_ids(arm, settings, facts)
         unit = facts.unit(arm.unit)
@@ -182,13 +195,7 @@ def _treated(name: str, arm: ArmSettings, settings: StudySettings, facts: SeedFa
         if arm.do == "mask":
             plan = Plan.mask(chosen, steps=steps, weight=arm.weight)
         elif arm.do == "insert":
-            plan = Plan.insert(
-                chosen,
-                mode=arm.mode or what.mode,
-                steps=steps,
-                placement=arm.placement or what.placement,
-                copies=arm.copies or what.copies,
-            )
+            plan = Plan.insert(chosen, **inserting)
         else:
             out = _best(arm, settings, facts, steps)
             n = min(len(out), len(chosen))
@@ -207,7 +214,7 @@ def _best(arm: ArmSettings, settings: StudySettings, facts: SeedFacts, steps: St
     unit = facts.unit(arm.unit) if facts.rankings.units(arm.by) else None
     ids, values = facts.rankings.values(arm.by, unit, steps=steps)
     keys = -values if arm.which == "top" else values
-    fraction = None if arm.count is not None else _fraction(arm, settings)
+    fraction = None if arm.count is not None else fraction_of(arm, settings)
     if arm.count is not None and arm.count > int(np.isfinite(values).sum()):
         raise ValueError(
             f"{arm.count} samples were asked for by {arm.by}, and steps {steps[0]} to {steps[1]} "
@@ -216,7 +223,26 @@ def _best(arm: ArmSettings, settings: StudySettings, facts: SeedFacts, steps: St
     return extreme(ids, keys, fraction=fraction, count=arm.count, of=f"{arm.by} {unit or ''}")
 
 
-def _fraction(arm: ArmSettings, settings: StudySettings) -> float:
+def generated_rows(
+    settings: StudySettings, rows: TokenRows, order: BaseOrder, window: Steps, folder: Path
+) -> dict[str, Source]:
+    """The samples of every arm that generates them, written under ``folder``; by arm."""
+    made = {}
+    for name, arm in settings.arms.items():
+        if arm.generator is None:
+            continue
+        pool = len(samples_of(order, steps_of(arm.from_steps, window)))
+        count = arm.count or max(1, round(fraction_of(arm, settings) * pool))
+        seed = int(np.random.SeedSequence([order.seed, arm.draw]).generate_state(1)[0])
+        own = inserted_from_generator(
+            folder / name, arm.generator, base=rows, n_rows=count, seed=seed
+        )
+        made[name] = Source.of(own, name=name)
+    return made
+
+
+def fraction_of(arm: ArmSettings, settings: StudySettings) -> float:
+    """The share of samples that an arm treats."""
     return settings.intervention.fraction if arm.fraction is None else arm.fraction
 
 
@@ -239,7 +265,9 @@ def _groups(settings: StudySettings, plans: Mapping[str, Plan]) -> list[list[str
 
 
 def _share(arm: ArmSettings, settings: StudySettings) -> str:
-    return f"{arm.count:,}" if arm.count is not None else _percent(_fraction(arm, settings))
+    if arm.generator is not None and arm.count is None:
+        return f"as many as {_percent(fraction_of(arm, settings))} of the window's"
+    return f"{arm.count:,}" if arm.count is not None else _percent(fraction_of(arm, settings))
 
 
 def _percent(fraction: float | None) -> str:

@@ -21,7 +21,9 @@ def peak_memory_bytes() -> int:
 
 def main(folder: str) -> None:
     """Run the job in ``folder`` and write what it returns to ``done.json``."""
+    from mda_lightning.recipes.studies.rankings import rank_samples
     from mda_lightning.recipes.studies.runs import run_arm, run_base
+    from mda_lightning.recipes.studies.subsets import train_on_subsets
 
     # One thread: two speed a run of this size by little, and a resumed run is exact with one.
     torch.set_num_threads(1)
@@ -29,7 +31,12 @@ def main(folder: str) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     started = time.monotonic()
     job = read_json(Path(folder) / "job.json")
-    run = {"base": run_base, "arm": run_arm}[job["kind"]]
+    run = {
+        "base": run_base,
+        "arm": run_arm,
+        "rankings": rank_samples,
+        "subsets": train_on_subsets,
+    }[job["kind"]]
     result = run(job["spec"], Path(folder))
     result |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
     write_json(

@@ -2,7 +2,8 @@
 
 A job is a folder with a ``job.json``; its process writes ``progress.json`` now and then, its output
 to ``log.txt``, and at the end ``done.json``. A finished job with the same identity is not run
-again; an unfinished one starts over in an emptied folder, so nothing half-written is read back.
+again; an unfinished one starts over in an emptied folder, so nothing half-written is read back,
+unless it knows how to go on.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Job:
         spec: JSON values, all that the job needs to know.
         identity: the part of it that determines the result, JSON values. Where files lie and how a
             run is logged is no part of it, so that neither makes a finished job run again.
+        resumable: whether an interrupted job goes on in its folder; others begin in an empty one.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Job:
     folder: Path
     spec: dict[str, Any]
     identity: dict[str, Any]
+    resumable: bool = False
 
     @property
     def content_hash(self) -> str:
@@ -146,13 +149,13 @@ def run_jobs(
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    if job.folder.exists():
+    if job.folder.exists() and not (job.resumable and _began(job)):
         shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     spec = {"kind": job.kind, "title": job.title, "hash": job.content_hash, "spec": job.spec}
     write_json(job.folder / "job.json", spec)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    with (job.folder / "log.txt").open("wb") as log:
+    with (job.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "mda_lightning.recipes.studies.job", str(job.folder)],
             stdin=subprocess.DEVNULL,
@@ -162,6 +165,12 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
             # Ctrl-C reaches the parent alone, which then stops its jobs in order.
             start_new_session=True,
         )
+
+
+def _began(job: Job) -> bool:
+    """Whether the folder holds the beginning of this very job."""
+    path = job.folder / "job.json"
+    return path.is_file() and read_json(path).get("hash") == job.content_hash
 
 
 def _progress(job: Job) -> Progress | None:

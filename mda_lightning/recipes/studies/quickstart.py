@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from mda_lightning.analysis.report import build_report
-from mda_lightning.corpora import RecordStyle, TokenRows, embedded_corpus
+from mda_lightning.corpora import TokenRows
 from mda_lightning.recipes.studies.jobs import Watch
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.recipes.studies.study import Study
+from mda_lightning.recipes.studies.study_corpus import study_corpus
 
 WandbMode = Literal["online", "offline", "off"]
 QUICKSTART = StudySettings()
@@ -78,19 +79,7 @@ def quickstart_corpus(
     preparing: Callable[[str, float], None] | None = None,
 ) -> TokenRows:
     """The embedded corpus of these settings, built once and kept in ``cache_dir``."""
-    wanted = settings.corpus
-    return embedded_corpus(
-        cache_dir,
-        seed=wanted.seed,
-        records_share=wanted.records_share,
-        n_rows=wanted.n_rows,
-        row_length=wanted.sequence_length + 1,
-        vocab_size=wanted.vocab_size,
-        style=RecordStyle(
-            pieces_per_name=wanted.pieces_per_name, lines_per_record=wanted.lines_per_record
-        ),
-        progress=preparing,
-    )
+    return study_corpus(settings.corpus, cache_dir, preparing).rows
 
 
 def wandb_mode() -> WandbMode:

@@ -1,45 +1,49 @@
-"""A counterfactual study: base run, critical window, scores, plans, arms, report (Section 4).
+"""A counterfactual study: base runs, critical windows, rankings, plans, arms (Section 4).
 
-Per seed one base run finds the window of the head that forms and scores the samples trained on in
-it; four arms branch from the window's start and see the same data in the same order, but for the
-treated share; each is judged against a random control matched in count. The base run, which goes
-on unchanged, is the fifth arm.
+Per seed one base run finds the window of the head that forms (or passes through the one that the
+recipe names) and scores the samples trained on in it; every arm branches from one checkpoint of it
+and sees the same data in the same order, but for what its plan changes; each is judged against a
+random control matched in count. The base run, which goes on unchanged, is the arm ``baseline``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import platform
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from filelock import FileLock, Timeout
-
-from mda_lightning import __version__
 from mda_lightning.corpora import TokenRows
-from mda_lightning.files import atomic_path, read_json, write_json
+from mda_lightning.files import atomic_path, sha256_of
 from mda_lightning.interventions import Plan
-from mda_lightning.mechanisms import mechanism
-from mda_lightning.recipes.studies.job import peak_memory_bytes
+from mda_lightning.recipes.studies.arms import (
+    SeedFacts,
+    control_plan,
+    first_step,
+    fraction_of,
+    generated_rows,
+    plans_of,
+    steps_of,
+)
+from mda_lightning.recipes.studies.building import study_order
 from mda_lightning.recipes.studies.jobs import Job, Watch, run_jobs
+from mda_lightning.recipes.studies.rankings import intervals_of, names_needed, rankings_hash
+from mda_lightning.recipes.studies.runs import base_end
 from mda_lightning.recipes.studies.settings import StudySettings
-from mda_lightning.schedule import BaseOrder
+from mda_lightning.recipes.studies.study_file import (
+    StudyFile,
+    StudyFolderError,
+    measured_at,
+    package_versions,
+)
 from mda_lightning.store import ScoreTable
-from mda_lightning.window import WindowRule
+from mda_lightning.store.rankings import INDEX, Rankings, write_rankings
 
-SCHEMA_VERSION = 1
-_BRANCHED = ("mask-top", "mask-random", "insert-top", "insert-random")
-
-
-class StudyFolderError(ValueError):
-    """The folder holds a study of other settings, or cannot hold one."""
+__all__ = ["Study", "StudyFolderError"]
 
 
 @dataclass
@@ -51,8 +55,11 @@ class Study:
         settings: what is run.
         seeds: one base run and its arms each.
         corpus: folder of the :class:`TokenRows` to train on.
+        held_out: of those that in-context learning and held-out loss are measured on.
         max_parallel: processes at a time, one thread each.
         wandb: "online", "offline" or "off".
+        shared: a folder for runs instead of ``folder``, in which studies find each other's: base
+            runs of equal settings, arms of equal plans.
         watch: see :func:`run_jobs`.
     """
 
@@ -60,9 +67,11 @@ class Study:
     settings: StudySettings
     seeds: tuple[int, ...]
     corpus: Path
+    held_out: Path | None = None
     max_parallel: int = 2
     wandb: str = "off"
     title: str = "Counterfactual study"
+    shared: Path | None = None
     watch: Watch | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -74,11 +83,15 @@ class Study:
             JobError: a run failed.
         """
         self.rows = TokenRows.open(self.corpus)
-        self._seeds: dict[int, dict[str, Any]] = {}
+        self._own_held_out = None if self.held_out is None else TokenRows.open(self.held_out)
         self._peaks: list[int] = []
         self._started = time.monotonic()
+        self._reports: dict[int, dict[str, Any]] = {}
+        self._plans: dict[int, dict[str, Plan]] = {}
         with self._alone():
-            self._claim_folder()
+            self._file = StudyFile.claim(self)
+            self._seeds = self._file.seeds
+            self._write()
             run_jobs(
                 [self._base_job(seed) for seed in self.seeds],
                 max_parallel=self.max_parallel,
@@ -87,242 +100,297 @@ class Study:
             )
             return self._write()
 
+    @property
+    def runs_folder(self) -> Path:
+        """Where the runs are: the study's own folder, or one shared by equal base runs."""
+        if self.shared is None:
+            return self.folder
+        return self.shared / sha256_of(repr(sorted(self._base_identity(-1).items())))[:12]
+
+    def relative(self, path: Path) -> str:
+        """As ``study.json`` names a path."""
+        return Path(os.path.relpath(path, self.folder)).as_posix()
+
     # -- jobs ---------------------------------------------------------------------------------
 
-    def _base_job(self, seed: int) -> Job:
-        return Job(
-            "base",
-            f"seed {seed}: base run",
-            self.folder / f"seed-{seed}" / "base",
-            self._spec(seed, "base"),
-            self._identity(seed),
-        )
-
-    def _identity(self, seed: int) -> dict[str, Any]:
+    def _base_identity(self, seed: int) -> dict[str, Any]:
+        held_out = self._own_held_out
+        window = self.settings.window
+        branch = None
+        if window.start is not None and window.end is not None:
+            branch = first_step(self.settings, (window.start, window.end))
         return {
-            "settings": self.settings.to_dict(),
+            "settings": self.settings.base_dict(),
+            "branch": branch,
             "seed": seed,
             "corpus_hash": self.rows.content_hash,
-            "versions": _versions(),
+            "held_out_hash": None if held_out is None else held_out.content_hash,
+            "versions": package_versions(),
         }
 
-    def _spec(self, seed: int, name: str) -> dict[str, Any]:
+    def _spec(self, seed: int, name: str, **more: Any) -> dict[str, Any]:
         return {
             "settings": self.settings.to_dict(),
             "seed": seed,
             "corpus": str(self.corpus),
+            "held_out": None if self.held_out is None else str(self.held_out),
             "wandb": self.wandb,
             "wandb_project": "mda-lightning",
             "group": self.folder.name,
             "name": f"seed-{seed}/{name}",
+            **more,
         }
 
+    def _base_job(self, seed: int) -> Job:
+        identity = self._base_identity(seed)
+        return Job(
+            "base",
+            f"seed {seed}: base run",
+            self.runs_folder / f"seed-{seed}" / "base",
+            self._spec(seed, "base", branch=identity["branch"]),
+            identity,
+            resumable=self.settings.training.checkpoint_every_n_steps > 0,
+        )
+
+    def _job(self, kind: str, seed: int, name: str, **about: Any) -> Job:
+        """A job of a seed that follows its base run; ``about`` goes into spec and identity."""
+        identity = self._base_identity(seed) | about.pop("identity")
+        place = about.pop("place")
+        return Job(
+            kind,
+            f"seed {seed}: {name}",
+            self.runs_folder / f"seed-{seed}" / place,
+            self._spec(seed, name, **about),
+            identity,
+            resumable=about.pop("resumable", False),
+        )
+
     def _after(self, job: Job, result: dict[str, Any]) -> Iterable[Job]:
-        """The arms that follow a base run; nothing follows an arm."""
+        """The jobs that follow one: base run, rankings, arms, the controls of steered arms."""
         seed = int(job.spec["seed"])
         self._peaks.append(int(result["peak_memory_bytes"]))
         self.timings[job.title] = float(result["seconds"])
-        arms: list[Job] = []
+        follow: list[Job] = []
+        entry = self._seeds.get(seed, {})
         if job.kind == "base":
-            former = self._seeds.get(seed, {})
-            self._seeds[seed] = self._describe(seed, job, result)
-            if former.get("window") == self._seeds[seed]["window"]:
-                # Finished arms stay in the study while they are looked up again.
-                self._seeds[seed]["arms"] = former["arms"]
-            if self._seeds[seed]["status"] == "running":
-                arms = self._arm_jobs(seed, job, result["window"])
+            follow = self._after_base(seed, job, result)
+        elif job.kind == "rankings":
+            entry["rankings"] = self.relative(job.folder)
+            follow = self._arm_jobs(seed, job.folder)
+        elif job.kind == "subsets":
+            entry["subsets"] = self.relative(job.folder / "subsets.npz")
         else:
-            done = self._seeds[seed]
-            done["arms"][job.folder.name] = self._relative(job.folder)
-            if len(done["arms"]) == len(_BRANCHED) + 1:
-                done["status"] = "complete"
+            name = job.spec["arm"]
+            entry["arms"][name] = self.relative(job.folder)
+            if job.spec.get("steer"):
+                follow = self._steered_controls(seed, name, job.folder)
+        entry = self._seeds[seed]
+        if entry["status"] == "running" and self._is_complete(entry):
+            entry["status"] = "complete"
         self._write()
-        return arms
+        return follow
+
+    def _is_complete(self, entry: dict[str, Any]) -> bool:
+        wanted = {"baseline", *self.settings.arms}
+        has_subsets = not self.settings.subsets.count or entry.get("subsets") is not None
+        return wanted <= set(entry["arms"]) and has_subsets
+
+    def _after_base(self, seed: int, job: Job, result: dict[str, Any]) -> list[Job]:
+        report, former = result["window"], self._seeds.get(seed, {})
+        self._reports[seed] = report
+        entry = self._seeds[seed] = self._describe(seed, job, result)
+        if entry["status"] != "running":
+            return []
+        if former.get("window") == entry["window"]:
+            # Finished parts stay in the study while they are looked up again.
+            kept = {"baseline", *self.settings.arms}
+            arms = {name: at for name, at in former.get("arms", {}).items() if name in kept}
+            entry["arms"] = arms | entry["arms"]
+            entry |= {name: former.get(name) for name in ("rankings", "subsets")}
+        window = (int(report["window"]["start"]), int(report["window"]["end"]))
+        branch = first_step(self.settings, window)
+        if branch < report["checkpoint_steps"]["branch"]:
+            raise StudyFolderError(
+                f"an arm begins at step {branch}, before the window that was found (step "
+                f"{window[0]}), where all arms branch; begin it at 0% or later, or name the window "
+                "in the recipe (window.start, window.end)"
+            )
+        own = job.folder / "scores"
+        scored = own if own.is_dir() else None
+        asked = (names_needed(self.settings), intervals_of(self.settings, window))
+        if scored is not None and asked == (("influence",), [window]):
+            return self._arm_jobs(seed, self._own_ranking(seed, scored))
+        identity = {"rankings": rankings_hash(self.settings)}
+        return [
+            self._job(
+                "rankings",
+                seed,
+                "rankings",
+                place=f"rankings-{identity['rankings'][:8]}" if self.shared else "rankings",
+                identity=identity,
+                base=str(job.folder),
+                window=report,
+                scores=None if scored is None else str(scored),
+                resumable=True,
+            )
+        ]
+
+    def _own_ranking(self, seed: int, scores: Path) -> Path:
+        """Rankings that need no job: the base run's own scores."""
+        folder = self.runs_folder / f"seed-{seed}" / "rankings-own"
+        if not (folder / INDEX).is_file():
+            columns = ScoreTable.open(scores).columns("sample_id", "step")
+            write_rankings(
+                folder,
+                tables={"influence": scores},
+                sample_id=columns["sample_id"],
+                step=columns["step"],
+                columns={},
+                provenance={"seed": seed, "corpus_hash": self.rows.content_hash},
+            )
+        self._seeds[seed]["rankings"] = self.relative(folder)
+        return folder
 
     def _describe(self, seed: int, job: Job, result: dict[str, Any]) -> dict[str, Any]:
         report = result["window"]
         entry: dict[str, Any] = {
             "seed": seed,
-            "base": self._relative(job.folder),
+            "base": self.relative(job.folder),
             "target": report["target"],
+            "units": result["units"],
             "window": report["window"] or {},
             "arms": {},
+            "rankings": None,
+            "subsets": None,
         }
         if report["status"] != "closed":
             message = f"{report['message']}; training stopped at step {result['stopped_at']}"
             return entry | {"status": "no_window", "message": message}
-        if not {"start", *self.settings.scoring.replay_at} <= set(report["checkpoints"]):
+        needed = {"branch", *self.settings.scoring.replay_at}
+        needed |= {"mid"} if self.settings.subsets.count else set()
+        if lost := sorted(needed - set(report["checkpoints"])):
             message = (
-                f"{report['message']}; but a checkpoint at its edges could not be written (is the "
-                "disk full?): only "
-                f"{', '.join(report['checkpoints']) or 'none'} was kept, so no arm can branch"
+                f"{report['message']}; but a checkpoint could not be written (is the disk full?): "
+                f"{', '.join(lost)} is missing, so no arm can branch"
             )
             return entry | {"status": "no_window", "message": message}
+        scores = job.folder / "scores"
+        end = int(report["window"]["end"])
         return entry | {
             "status": "running",
             "message": "",
-            "scores": self._relative(job.folder / "scores"),
+            "scores": self.relative(scores) if scores.is_dir() else None,
             "score_unit": report["target"],
-            "measured_at": self._measured_at(int(report["window"]["end"])),
-            "arms": {"baseline": self._relative(job.folder)},
+            "measured_at": measured_at(self.settings, end),
+            "branch": int(report["checkpoint_steps"]["branch"]),
+            "end": self._last_step(end),
+            "arms": {"baseline": self.relative(job.folder)},
         }
 
-    def _measured_at(self, end: int) -> list[int]:
-        """The last evaluations up to the window's end, the same for every arm.
+    def _last_step(self, window_end: int) -> int:
+        return min(window_end + self.settings.training.margin_steps, base_end(self.settings))
 
-        With ``shift`` the insertion arms are judged there too, having seen less of the window's
-        base data by then, as their control has.
-        """
-        monitor = self.settings.monitor
-        last = end - end % monitor.every_n_steps
-        return [
-            last - i * monitor.every_n_steps for i in reversed(range(monitor.averaged_evaluations))
-        ]
+    # -- arms ---------------------------------------------------------------------------------
 
-    # -- plans --------------------------------------------------------------------------------
-
-    def _arm_jobs(self, seed: int, base: Job, report: dict[str, Any]) -> list[Job]:
-        steps = (int(report["window"]["start"]), int(report["window"]["end"]))
-        plans = self._plans(seed, base, report["target"], steps)
+    def _arm_jobs(self, seed: int, rankings: Path) -> list[Job]:
+        facts = self._facts(seed, rankings)
+        self._plans[seed] = plans_of(self.settings, facts)
         jobs = []
-        for name, plan in plans.items():
-            path = self.folder / f"seed-{seed}" / "plans" / f"{name}.json"
-            plan.save(path)
-            spec = self._spec(seed, name) | {
-                "plan": str(path),
-                "checkpoint": str(base.folder / report["checkpoints"]["start"]),
-                "end": steps[1],
-            }
-            identity = self._identity(seed) | {"plan_hash": plan.content_hash, "end": steps[1]}
-            folder = self.folder / f"seed-{seed}" / "arms" / name
-            jobs.append(Job("arm", f"seed {seed}: {name}", folder, spec, identity))
+        for name, arm in self.settings.arms.items():
+            if name in self._plans[seed]:
+                jobs.append(self._plan_job(seed, name, self._plans[seed][name]))
+            elif arm.control_of is None:
+                steps = steps_of(arm.steps, facts.window)
+                how = {
+                    "arm": dataclasses.asdict(arm),
+                    "steps": list(steps),
+                    "share": fraction_of(arm, self.settings),
+                }
+                about = {"steer": how, "unit": facts.unit(arm.unit)}
+                jobs.append(self._arm_job(seed, name, identity=about, **about))
+        if self.settings.subsets.count:
+            identity = {"subsets": dataclasses.asdict(self.settings.subsets)}
+            del identity["subsets"]["rankings"]
+            key = sha256_of(repr((identity, self._base_identity(seed))))
+            jobs.append(
+                self._job(
+                    "subsets",
+                    seed,
+                    "random subsets",
+                    place="subsets",
+                    identity=identity,
+                    base=str(self._base_job(seed).folder),
+                    window=self._reports[seed],
+                    key=key,
+                    resumable=True,
+                )
+            )
         return jobs
 
-    def _plans(self, seed: int, base: Job, unit: str, steps: tuple[int, int]) -> dict[str, Plan]:
-        """Treated plans and their controls; every id was trained on inside the window."""
-        what = self.settings.intervention
-        training = self.settings.training
-        order = BaseOrder(len(self.rows), training.batch_size, training.max_steps, seed)
-        pool = np.unique(np.concatenate([order.ids(step) for step in range(*steps)]))
-        table = ScoreTable.open(base.folder / "scores")
-        if not table.complete:
-            raise StudyFolderError(
-                f"the scores in {table.folder} are not complete, so no plan can be made of them: "
-                "the base run ended before it had written all; start over with --fresh"
-            )
-        top = table.top(unit, fraction=what.fraction)
-        source = {
-            "scores": self._relative(table.folder),
-            "unit": unit,
-            "estimator": table.estimator,
-            "fraction": what.fraction,
-        }
-        bind: dict[str, Any] = {
-            "corpus_hash": self.rows.content_hash,
-            "order": order,
-            "seed": seed,
-            "source": source,
-        }
-        mask = Plan.mask(top, steps=steps).bound(**bind, name="mask-top")
-        insert = Plan.insert(
-            top, mode=what.mode, steps=steps, placement=what.placement, copies=what.copies
-        ).bound(**bind, name="insert-top")
-        insert, insert_control = insert.with_random_control(pool, seed=seed + 2_000_003)
-        return {
-            "mask-top": mask,
-            "mask-random": mask.random_control(pool, seed=seed + 1_000_003),
-            "insert-top": insert,
-            "insert-random": insert_control,
-        }
+    def _plan_job(self, seed: int, name: str, plan: Plan) -> Job:
+        path = self.folder / f"seed-{seed}" / "plans" / f"{name}.json"
+        plan.save(path)
+        identity = {"plan_hash": plan.content_hash}
+        return self._arm_job(seed, name, identity=identity, plan=str(path))
+
+    def _arm_job(self, seed: int, name: str, *, identity: dict[str, Any], **about: Any) -> Job:
+        entry, base = self._seeds[seed], self._base_job(seed).folder
+        end = int(entry["end"])
+        identity = identity | {"end": end, "branch_step": entry["branch"]}
+        place = f"arms/{name}"
+        if self.shared:
+            place += f"-{sha256_of(repr(sorted(identity.items())))[:8]}"
+        return self._job(
+            "arm",
+            seed,
+            name,
+            place=place,
+            identity=identity,
+            arm=name,
+            checkpoint=str(base / self._reports[seed]["checkpoints"]["branch"]),
+            end=end,
+            resumable=self.settings.training.checkpoint_every_n_steps > 0,
+            **about,
+        )
+
+    def _steered_controls(self, seed: int, owner: str, folder: Path) -> list[Job]:
+        """Random counterparts of what a steered arm turned out to do."""
+        decided = Plan.load(folder / "steering" / "plan.json")
+        facts = self._facts(seed, self.folder / self._seeds[seed]["rankings"])
+        jobs = []
+        for name, arm in self.settings.arms.items():
+            if arm.control_of == owner:
+                plan = control_plan(decided, self.settings.arms[owner], arm.draw, facts)
+                jobs.append(self._plan_job(seed, name, dataclasses.replace(plan, name=name)))
+        return jobs
+
+    def _facts(self, seed: int, rankings: Path) -> SeedFacts:
+        entry = self._seeds[seed]
+        window = (int(entry["window"]["start"]), int(entry["window"]["end"]))
+        order = study_order(self.settings, self.rows, seed)
+        place = self.folder / f"seed-{seed}" / "generated"
+        return SeedFacts(
+            seed=seed,
+            window=window,
+            units=entry["units"],
+            corpus_hash=self.rows.content_hash,
+            order=order,
+            rankings=Rankings.open(rankings),
+            generated=generated_rows(self.settings, self.rows, order, window, place),
+        )
 
     # -- the folder ---------------------------------------------------------------------------
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the folder's lock: jobs empty their folders before they start."""
-        with atomic_path(self.folder / ".writable") as probe:
-            probe.touch()  # an unwritable folder is an error that names it, not a failing lock
-        (self.folder / ".writable").unlink()
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise StudyFolderError(
-                f"another process is working in {self.folder}; wait for it, stop it, or give "
-                "another folder"
-            ) from error
-
-    # -- study.json ---------------------------------------------------------------------------
-
-    def _claim_folder(self) -> None:
-        path = self.folder / "study.json"
-        if path.is_file():
-            former = read_json(path)
-            self._refuse_another(former)
-            self._created = str(former["created"])
-            self.timings = {k: v for k, v in former["timings"].items() if k != "total"}
-            self._seeds = {int(seed["seed"]): seed for seed in former["seeds"]}
-        else:
-            self._created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write()
-
-    def _refuse_another(self, former: dict[str, Any]) -> None:
-        made = former["provenance"]
-        for what, theirs, ours in (
-            ("settings", former["settings_hash"], self.settings.content_hash),
-            ("corpus", made["corpus_hash"], self.rows.content_hash),
-            ("package versions", made["versions"], _versions()),
-        ):
-            if theirs != ours:
-                raise StudyFolderError(
-                    f"{self.folder} holds a study of other {what} ({_short(theirs)}, these are "
-                    f"{_short(ours)}); give another folder, or start over with --fresh"
-                )
+        """Hold the locks: jobs empty their folders before they start."""
+        with ExitStack() as stack:
+            for folder in dict.fromkeys([self.folder, self.runs_folder]):
+                with atomic_path(folder / ".writable") as probe:
+                    probe.touch()  # an unwritable folder is an error that names it
+                (folder / ".writable").unlink()
+                stack.enter_context(StudyFile.lock(folder))
+            yield
 
     def _write(self) -> Path:
-        of = mechanism(self.settings.mechanism, token_ids=self.rows.token_ids.tolist())
-        peaks = sorted(self._peaks, reverse=True)[: self.max_parallel]
-        return write_json(
-            self.folder / "study.json",
-            {
-                "schema_version": SCHEMA_VERSION,
-                "kind": "counterfactual",
-                "title": self.title,
-                "created": self._created,
-                "settings_hash": self.settings.content_hash,
-                "config": self.settings.to_dict(),
-                "provenance": _provenance() | {"corpus_hash": self.rows.content_hash},
-                "corpus": self._relative(self.corpus),
-                "metric": self.settings.mechanism,
-                "chance": of.chance,
-                "treated_fraction": self.settings.intervention.fraction,
-                "timings": {"total": time.monotonic() - self._started} | self.timings,
-                # An upper bound: this process and the largest ones at once, each at its own peak.
-                "peak_memory_bytes": peak_memory_bytes() + sum(peaks),
-                "window_rule": WindowRule().settings(),
-                "seeds": [self._seeds[seed] for seed in sorted(self._seeds)],
-            },
-        )
-
-    def _relative(self, path: Path) -> str:
-        return Path(os.path.relpath(path, self.folder)).as_posix()
-
-
-def _versions() -> dict[str, str]:
-    """The versions that decide what a run computes."""
-    names = ("torch", "lightning", "transformers", "numpy")
-    return {"mda_lightning": __version__, **{name: version(name) for name in names}}
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in sorted(value.items()))
-    return str(value)[:12]
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "versions": _versions(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+        return self._file.write(self._peaks, time.monotonic() - self._started)
