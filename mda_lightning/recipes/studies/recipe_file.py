@@ -90,6 +90,7 @@ def read_recipe(path_or_name: str | os.PathLike[str], overrides: Sequence[str] =
     path = _find(path_or_name, None)
     try:
         values = _merged_with_bases(path, ())
+        values.setdefault("arms", {name: _changed(arm) for name, arm in STANDARD_ARMS.items()})
         for override in overrides:
             _apply(values, override)
         title, seeds = values.pop("title", path.stem), _seeds(values.pop("seeds", [0]))
@@ -142,7 +143,6 @@ def _merged_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path.name} holds no settings; a recipe has title, seeds and settings")
     base = values.pop("extends", None)
     if base is None:
-        values.setdefault("arms", {name: _changed(arm) for name, arm in STANDARD_ARMS.items()})
         return _merge({}, values, "")
     if not isinstance(base, str):
         raise RecipeError(f"extends is {base!r}; it names one recipe")
