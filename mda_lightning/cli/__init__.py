@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from mda_lightning import __version__
+from mda_lightning.cli.compare import add_compare
 from mda_lightning.cli.monitor import add_monitor
 from mda_lightning.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from mda_lightning.cli.plan import add_plan
@@ -41,6 +42,7 @@ examples:
       --window 900:1400                         a plan: train without these samples
   mda-lightning plan show plans/mask-top-10-percent-L1H2-900-1400.json
                                                 what a plan does to the stream
+  mda-lightning compare induction-small         arms against matched controls, over seeds
 
 exit codes: 0 done, 1 an error that the message names, 2 wrong usage, 130 interrupted
 """
@@ -48,6 +50,7 @@ exit codes: 0 done, 1 an error that the message names, 2 wrong usage, 130 interr
 _GOES_ON = "what was finished is kept: the same command goes on from there"
 _INTERRUPTED = {
     "quickstart": _GOES_ON,
+    "compare": _GOES_ON,
     "monitor": _GOES_ON,
     "score": "what was scored is kept: the same command goes on with the sample that comes next",
     "fit": "to go on from a checkpoint of the run, add --ckpt_path FILE",
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add_window(commands)
     add_score(commands)
     add_plan(commands)
+    add_compare(commands)
     return parser
 
 

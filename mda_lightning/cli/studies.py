@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mda_lightning.cli.compare import remove_study
 from mda_lightning.cli.options import EXIT_OK, positive
 
 _DEFAULT_FOLDER = Path("runs/quickstart")
@@ -71,8 +72,6 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _quickstart(options: argparse.Namespace) -> int:
-    import shutil
-
     from rich.console import Console
 
     from mda_lightning.recipes.display import StudyDisplay
@@ -81,9 +80,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     console = Console()
     folder: Path = options.output
     if options.fresh and folder.exists():
-        if not (folder / "study.json").is_file() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds files but no study; --fresh will not remove it")
-        shutil.rmtree(folder)
+        remove_study(folder)
     seeds = tuple(range(options.first_seed, options.first_seed + options.seeds))
     with StudyDisplay(console, quiet=options.quiet) as display:
         result = run_quickstart(
