@@ -34,7 +34,7 @@ from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.recipes.studies.study_corpus import filled_in
 
 _PROGRESS_SECONDS = 0.5
-_HELD_OUT_ROWS = 256
+_HELD_OUT_ROWS = 512
 _RESUME = "resume"
 
 

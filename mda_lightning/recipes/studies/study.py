@@ -339,7 +339,7 @@ class Study:
         identity = identity | {"end": end, "branch_step": entry["branch"]}
         place = f"arms/{name}"
         if self.shared:
-            place += f"-{sha256_of(repr(sorted(identity.items())))[:8]}"
+            place = f"arms/{sha256_of(repr(sorted(identity.items())))[:12]}"
         return self._job(
             "arm",
             seed,
