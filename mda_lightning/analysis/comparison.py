@@ -34,6 +34,8 @@ from mda_lightning.analysis.outcomes import (
 )
 from mda_lightning.analysis.study import BASELINE, SeedRun, Study, load_study
 
+__all__ = ["StudyComparison", "compare_study", "quantities_of", "write_comparison"]
+
 Outcomes = Mapping[int, Mapping[str, ArmOutcome]]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mda_lightning import __version__
@@ -30,6 +29,17 @@ KIND = "comparison"
 
 def write_files(comparison: StudyComparison) -> None:
     """Write everything beside ``study.json``; a figure only where there is a curve."""
+    write_tables(comparison)
+    for theme in (LIGHT, DARK):
+        figure = comparison_figure(comparison, theme=theme)
+        if figure is not None:
+            name = "comparison.png" if theme is LIGHT else "comparison-dark.png"
+            with atomic_path(comparison.study.folder / "figures" / name) as part:
+                part.write_bytes(png_bytes(figure))
+
+
+def write_tables(comparison: StudyComparison) -> None:
+    """``comparison.json``, ``comparison.csv`` and ``comparison.md``."""
     folder = comparison.study.folder
     write_json(folder / "comparison.json", to_dict(comparison))
     with (
@@ -41,17 +51,6 @@ def write_files(comparison: StudyComparison) -> None:
         writer.writerows(long_rows(comparison))
     with atomic_path(folder / "comparison.md") as part:
         part.write_text(markdown(comparison), "utf-8")
-    for theme in (LIGHT, DARK):
-        figure = comparison_figure(comparison, theme=theme)
-        if figure is not None:
-            name = "comparison.png" if theme is LIGHT else "comparison-dark.png"
-            write_png(folder / "figures" / name, png_bytes(figure))
-
-
-def write_png(path: Path, data: bytes) -> None:
-    """A picture, aside and then renamed."""
-    with atomic_path(path) as part:
-        part.write_bytes(data)
 
 
 def long_rows(comparison: StudyComparison) -> Iterator[tuple[int, str, str, float | str]]:

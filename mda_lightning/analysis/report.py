@@ -8,29 +8,38 @@ arbitrary and reaches the page only through the template's escaping.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mda_lightning import __version__
+from mda_lightning.analysis.comparison import compare_study
+from mda_lightning.analysis.comparison_files import write_tables
+from mda_lightning.analysis.comparison_report import (
+    arms_figure,
+    coupled_figure,
+    heads_figure,
+    part_rows,
+    selection_tables,
+)
+from mda_lightning.analysis.comparison_tables import columns, legend_lines, table_rows
+from mda_lightning.analysis.comparison_words import metric_name
 from mda_lightning.analysis.composition import DomainShare, composition
-from mda_lightning.analysis.figures import Comparison
 from mda_lightning.analysis.influences import SeedInfluence, seed_influence
 from mda_lightning.analysis.page import page_environment
 from mda_lightning.analysis.report_figures import (
-    arms_figure,
     composition_figure,
-    effects_figure,
     heatmap_figure,
     scores_figure,
 )
 from mda_lightning.analysis.samples import MOST_TOKENS, ShownSample, pieces_of
 from mda_lightning.analysis.study import Study, load_study
-from mda_lightning.analysis.verdicts import comparisons, doubts, plural, summary
+from mda_lightning.analysis.study_analyses import study_analyses
+from mda_lightning.analysis.verdicts import doubts, plural, summary
 from mda_lightning.corpora import TokenRows
-from mda_lightning.files import atomic_path
+from mda_lightning.files import atomic_path, write_json
 
 TOP_SHOWN = 10
 BOTTOM_SHOWN = 3
@@ -39,8 +48,10 @@ BOTTOM_SHOWN = 3
 def build_report(study_folder: str | Path) -> Path:
     """Write ``report.html`` and ``figures/*.png`` into a study folder.
 
-    Each figure is written light and dark (``arms.png``, ``arms-dark.png``); the HTML holds copies
-    of both and shows the one that suits the reader's colour scheme.
+    Each figure is written light and dark (``comparison.png``, ``comparison-dark.png``); the HTML
+    holds copies of both and shows the one that suits the reader's colour scheme. The tables of
+    :func:`~mda_lightning.analysis.comparison.write_comparison` and ``analyses.json`` are written
+    beside it.
 
     Returns:
         Path of ``report.html``.
@@ -54,19 +65,24 @@ def build_report(study_folder: str | Path) -> Path:
     influences = _influences(study, notes)
     rows = _corpus(study, notes)
     domains = _domains(influences, rows)
-    main_figures = [
-        figure for figure in (arms_figure(study), effects_figure(study)) if figure is not None
-    ]
+    compared = compare_study(study)
+    analyses = study_analyses(study)
+    whole, every_head, coupled = (
+        [figure] if (figure := make(compared)) is not None else []
+        for make in (arms_figure, heads_figure, coupled_figure)
+    )
     heatmaps = [f for f in (heatmap_figure(study, seed) for seed in study.seeds) if f is not None]
     spreads = [scores_figure(study, one) for one in influences]
     origins = [composition_figure(study, domains, [o.seed for o in influences])] if domains else []
-    figures = [*main_figures, *heatmaps, *spreads, *origins]
+    figures = [*whole, *heatmaps, *every_head, *coupled, *spreads, *origins, *analyses.figures]
     with atomic_path(study.folder / "figures") as part:
         part.mkdir()
         for figure in figures:
             (part / f"{figure.name}.png").write_bytes(figure.light)
             (part / f"{figure.name}-dark.png").write_bytes(figure.dark)
-    main, controls = comparisons(study)
+    write_tables(compared)
+    write_json(study.folder / "analyses.json", analyses.to_dict())
+    controls = [one for one in compared.against_baseline if not study.declared[one.arm].is_treated]
     shown = influences[0] if influences and rows is not None else None
     html = (
         page_environment()
@@ -75,12 +91,20 @@ def build_report(study_folder: str | Path) -> Path:
             study=study,
             version=__version__,
             summary=summary(study, influences),
-            main=main,
-            controls=controls,
-            unpaired=_unpaired(study, main, controls),
+            compared=compared,
+            controls=[one for one in controls if one.final.effect is not None],
+            columns=columns(compared),
+            table=table_rows(compared),
+            legend=legend_lines(compared),
+            selections=selection_tables(compared),
+            parts=part_rows(compared),
+            analyses=analyses,
+            score_name=metric_name(study.metric),
             lost=[seed for seed in study.seeds if seed.without_window],
             notes=notes,
-            main_figures=main_figures,
+            whole=whole,
+            every_head=every_head,
+            coupled=coupled,
             heatmaps=heatmaps,
             spreads=spreads,
             origins=origins,
@@ -94,20 +118,13 @@ def build_report(study_folder: str | Path) -> Path:
             window_rule=dict(flattened({"window": study.window_rule})) if study.window_rule else {},
             provenance=dict(flattened(study.provenance)),
             score_provenance=dict(flattened(influences[0].provenance)) if influences else {},
-            doubts=doubts(study, influences),
+            doubts=doubts(study, influences, compared),
         )
     )
     path = study.folder / "report.html"
     with atomic_path(path) as part:
         part.write_text(html, "utf-8")
     return path
-
-
-def _unpaired(
-    study: Study, main: Sequence[Comparison], controls: Sequence[Comparison]
-) -> list[str]:
-    judged = {name for one in (*main, *controls) for name in (one.arm, one.control)}
-    return [name for name in study.arm_names if name not in judged]
 
 
 def _influences(study: Study, notes: list[str]) -> list[SeedInfluence]:

@@ -2,56 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mda_lightning.analysis.effects import LateDifference, late_difference, paired_effects
-from mda_lightning.analysis.figures.training import Comparison
+from mda_lightning.analysis.comparison import compare_study
+from mda_lightning.analysis.comparison_values import ArmComparison, StudyComparison
+from mda_lightning.analysis.comparison_words import metric_name
+from mda_lightning.analysis.effects import Effect
 from mda_lightning.analysis.influences import SeedInfluence
-from mda_lightning.analysis.study import BASELINE, SeedRun, Study
+from mda_lightning.analysis.study import BASELINE, Study
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against another where some seed has both."""
+
+    arm: str
+    control: str
+    effect: Effect
 
 
 def comparisons(study: Study) -> tuple[list[Comparison], list[Comparison]]:
     """(treated against control, control against baseline), over the seeds that have both."""
-    main = [
-        _compare(study, arm.name, arm.control) for arm in study.declared.values() if arm.control
+    compared = compare_study(study)
+    main = [one for one in compared.arms if one.against != "baseline"]
+    controls = [one for one in compared.against_baseline if not study.declared[one.arm].is_treated]
+    return _with_effect(main), _with_effect(controls)
+
+
+def _with_effect(compared: Iterable[ArmComparison]) -> list[Comparison]:
+    return [
+        Comparison(one.arm, one.other, one.final.effect)
+        for one in compared
+        if one.final.effect is not None
     ]
-    controls = [
-        _compare(study, arm.name, BASELINE)
-        for arm in study.declared.values()
-        if arm.control_of is not None
-    ]
-    return [c for c in main if c is not None], [c for c in controls if c is not None]
-
-
-def _compare(study: Study, arm: str, control: str) -> Comparison | None:
-    pairs = [
-        (seed, seed.arms[arm].value, seed.arms[control].value)
-        for seed in study.seeds
-        if arm in seed.arms and control in seed.arms
-    ]
-    complete = [(seed, a, b) for seed, a, b in pairs if a is not None and b is not None]
-    if not complete:
-        return None
-    late = _late(complete[0][0], arm, control) if len(complete) == 1 else None
-    effect = paired_effects(
-        [a for _, a, _ in complete],
-        [b for _, _, b in complete],
-        treated_name=study.declared[arm].phrase,
-        control_name=study.declared[control].phrase,
-        quantity=f"{study.metric} score of the target head",
-        late=late,
-    )
-    return Comparison(arm, control, effect)
-
-
-def _late(seed: SeedRun, arm: str, control: str) -> LateDifference | None:
-    first, second = seed.arms[arm].curves, seed.arms[control].curves
-    since = seed.window.midpoint if seed.window.midpoint is not None else seed.window.start
-    if first is None or second is None or seed.target is None or since is None:
-        return None
-    return late_difference(first.of(seed.target), second.of(seed.target), since=int(since))
 
 
 def span_of(values: Sequence[float], *, digits: int = 0) -> str:
@@ -76,7 +62,7 @@ def summary(study: Study, influences: Sequence[SeedInfluence]) -> str:
     text = f"A model was pretrained {times}"
     if bases:
         text += (
-            f", measuring the {study.metric} score of all {len(bases[0].units)} heads at "
+            f", measuring the {metric_name(study.metric)} of all {len(bases[0].units)} heads at "
             f"{plural(len(bases[0].steps), 'step')} of each run"
         )
     text += ". "
@@ -111,10 +97,12 @@ def summary(study: Study, influences: Sequence[SeedInfluence]) -> str:
     return text.strip()
 
 
-def doubts(study: Study, influences: Sequence[SeedInfluence]) -> list[str]:
+def doubts(
+    study: Study, influences: Sequence[SeedInfluence], compared: StudyComparison
+) -> list[str]:
     """What a careful reader should hold against this study, in its own numbers."""
     found: list[str] = []
-    main, _ = comparisons(study)
+    main = _with_effect(compared.arms)
     fewest = min((c.effect.n for c in main), default=0)
     if main and fewest == 1:
         found.append(
@@ -131,11 +119,9 @@ def doubts(study: Study, influences: Sequence[SeedInfluence]) -> list[str]:
             f"{len(main)} comparisons, each with its own 95% interval and no correction for there "
             "being several."
         )
-    lost = [seed for seed in study.seeds if seed.without_window]
-    if lost and len(lost) < len(study.seeds):
+    if compared.heads:
         found.append(
-            f"{plural(len(lost), 'seed')} found no window and count in no comparison: the results "
-            "describe the runs in which a head formed."
+            "The maps of all heads test every head: one mark in twenty is expected by chance."
         )
     if any(seed.window.censored for seed in study.seeds):
         found.append("A window marked as censored was still open when its run stopped.")
@@ -157,8 +143,8 @@ def doubts(study: Study, influences: Sequence[SeedInfluence]) -> list[str]:
             f"{plural(len(tails), 'fit')} (p at or below 0.1): its exponent is a slope, not a law."
         )
     found.append(
-        f"The {study.metric} score is an attention pattern on random sequences. That the head does "
-        "its work needs an independent measure (ablation, in-context learning)."
+        f"The {metric_name(study.metric)} is an attention pattern on random sequences. That the "
+        "head does its work needs an independent measure (ablation, in-context learning)."
     )
     found.append(
         "Scores are first-order and use a damped approximation of curvature in the head's own "

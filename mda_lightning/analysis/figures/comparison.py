@@ -205,7 +205,7 @@ def _dots(
     ax.set_ylim(max(len(shown), 2) - 0.4, -0.6)
     ax.spines["left"].set_visible(False)
     held = "the untouched run" if row.other == BASELINE else row.other
-    ax.set_title(f"against {shortened(held, 48)}", fontsize=_SMALL, loc="left", color=theme.muted)
+    ax.set_title(f"against {shortened(held, 38)}", fontsize=_SMALL, loc="left", color=theme.muted)
 
 
 def _legend(figure: Figure, theme: Theme) -> None:
@@ -214,7 +214,16 @@ def _legend(figure: Figure, theme: Theme) -> None:
         Line2D([], [], color=theme.accent, linewidth=1.9, label="treated"),
         Line2D([], [], color=theme.muted, linewidth=1.9, linestyle=(0, (4, 2)), label="control"),
         Line2D([], [], color=theme.accent, marker="D", markersize=6, label="mean and 95% interval"),
-        Line2D([], [], color=theme.muted, marker="o", markersize=4.5, linestyle="", label="a seed"),
+        Line2D(
+            [],
+            [],
+            color=theme.muted,
+            marker="o",
+            markerfacecolor=theme.page,
+            markersize=4.5,
+            linestyle="",
+            label="a seed (hollow: control, against the untouched run)",
+        ),
     ]
     figure.legend(
         handles=entries,
@@ -223,8 +232,8 @@ def _legend(figure: Figure, theme: Theme) -> None:
         frameon=False,
         fontsize=_SMALL,
         labelcolor=theme.ink,
-        columnspacing=1.4,
-        handlelength=2.0,
+        columnspacing=1.2,
+        handlelength=1.8,
     )
 
 
