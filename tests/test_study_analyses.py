@@ -169,6 +169,20 @@ def test_time_is_that_of_the_targets_scores(study: Study, analyses: StudyAnalyse
     assert "fixed weights" in section.sentences[0]
 
 
+def test_tails_are_those_of_the_same_scores(study: Study, analyses: StudyAnalyses) -> None:
+    one = analyses.tails[0]
+    assert study.seeds[0].rankings is not None
+    scores = Rankings.open(study.seeds[0].rankings).values("ekfac", "L1H2")[1]
+    scores = scores[np.isfinite(scores)]
+    assert one.n == scores.size == N - 1
+    positive = np.sort(np.clip(scores, 0, None))[::-1]
+    assert one.share == pytest.approx(positive[:120].sum() / positive.sum())
+    assert one.fit is not None and len(one.bin_exponents) == len(analyses.times[0].bins)
+    assert {ratio.law for ratio in one.alternatives} == {"exponential", "log-normal"}
+    section = next(s for s in analyses.sections if "concentrated" in s.title)
+    assert section.sentences[0].startswith("The top 10% of the samples hold")
+
+
 def test_scores_predict_subsets(study: Study, analyses: StudyAnalyses) -> None:
     table = analyses.datamodeling
     assert table is not None
@@ -211,7 +225,8 @@ def test_a_study_of_one_scored_head_has_its_time_alone(tmp_path: Path) -> None:
     assert analyses.datamodeling is None
     assert "several heads" in analyses.notes[-1]
     assert [section.title for section in analyses.sections] == [
-        "Does influence come evenly over training?"
+        "How concentrated is influence?",
+        "Does influence come evenly over training?",
     ]
     assert page_environment().get_template("analyses.html.j2").render(analyses=analyses)
 

@@ -68,7 +68,7 @@ def heads_section(found: Sequence[HeadOverlap], fraction: float) -> AnalysisSect
         known = [one for one in blocks if one is not None]
         if known:
             sentences.append(block_sentence(name, known, expected))
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(one.seed),
             ", ".join(one.leading) if len(one.leading) <= 6 else f"{len(one.leading)} heads",
@@ -80,6 +80,8 @@ def heads_section(found: Sequence[HeadOverlap], fraction: float) -> AnalysisSect
         )
         for one in found
     ]
+    if len(found) > 1:
+        rows.append(_mean_row(found))
     table = AnalysisTable(
         caption=(
             "Mean overlap of pairs of heads: among the leading ones (μ at least halfway from "
@@ -348,6 +350,23 @@ def _figure(
 
 def _expected(found: Sequence[HeadOverlap], what: str) -> float:
     return float(np.mean([getattr(one.matrix, f"expected_{what}") for one in found]))
+
+
+def _mean_row(found: Sequence[HeadOverlap]) -> tuple[str, ...]:
+    def mean(blocks: Sequence[BlockContrast | None]) -> list[str]:
+        known = [one for one in blocks if one is not None]
+        parts = [[one.within, one.between, one.outside] for one in known]
+        return [number(value) for value in np.mean(parts, axis=0)] if parts else ["–"] * 3
+
+    return (
+        "mean",
+        "",
+        *mean([one.jaccard_blocks for one in found]),
+        "",
+        *mean([one.rbo_blocks for one in found]),
+        number(_expected(found, "jaccard")),
+        "",
+    )
 
 
 def _three(blocks: BlockContrast | None) -> tuple[str, str, str]:

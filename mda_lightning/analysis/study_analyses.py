@@ -25,11 +25,18 @@ from mda_lightning.analysis.analysis_sections import (
     time_section,
 )
 from mda_lightning.analysis.datamodeling import DatamodelingTable, datamodeling_table
+from mda_lightning.analysis.distributions import (
+    fit_tail,
+    net_drive,
+    normal_top_share,
+    top_share,
+)
 from mda_lightning.analysis.overlap import block_contrast, overlap_matrix
 from mda_lightning.analysis.report_figures import ReportFigure
 from mda_lightning.analysis.study import SeedRun, Study
 from mda_lightning.analysis.study_findings import (
     HeadOverlap,
+    SeedTail,
     SeedTime,
     SelectionOverlap,
 )
@@ -44,6 +51,8 @@ from mda_lightning.analysis.study_rankings import (
     seed_scores,
     window_of,
 )
+from mda_lightning.analysis.tail_alternatives import tail_alternatives
+from mda_lightning.analysis.tail_section import tail_section
 from mda_lightning.analysis.time_bins import (
     WIDTH,
     influence_slope,
@@ -68,6 +77,7 @@ class StudyAnalyses:
         heads: overlap between heads, one a seed that scored several.
         selections: overlap between ways to rank, one a seed with several.
         times: influence over steps, one a seed with scores.
+        tails: how those scores are spread.
         datamodeling: linear datamodeling scores; None where no seed trained on subsets.
         notes: what is absent, and why, in sentences.
     """
@@ -76,6 +86,7 @@ class StudyAnalyses:
     heads: tuple[HeadOverlap, ...] = ()
     selections: tuple[SelectionOverlap, ...] = ()
     times: tuple[SeedTime, ...] = ()
+    tails: tuple[SeedTail, ...] = ()
     datamodeling: DatamodelingTable | None = None
     notes: tuple[str, ...] = ()
 
@@ -85,6 +96,7 @@ class StudyAnalyses:
         found = [
             heads_section(self.heads, self.fraction),
             selections_section(self.selections, self.fraction),
+            tail_section(self.tails, self.fraction),
             time_section(self.times, self.fraction),
             datamodeling_section(self.datamodeling),
         ]
@@ -103,6 +115,7 @@ class StudyAnalyses:
             "fraction": self.fraction,
             "head_overlap": [_json(one) for one in self.heads],
             "selection_overlap": [_json(one) for one in self.selections],
+            "tail": [_json(one) for one in self.tails],
             "time": [_json(one) for one in self.times],
             "datamodeling": _json(self.datamodeling),
             "notes": list(self.notes),
@@ -139,6 +152,7 @@ def study_analyses(
         heads=tuple(one for one in heads if one is not None),
         selections=tuple(one for one in selections if one is not None),
         times=tuple(one for one in times if one is not None),
+        tails=tuple(_tail(one, study.treated_fraction) for one in times if one is not None),
         datamodeling=datamodeling,
     )
     if not analyses.times and not analyses.heads:
@@ -249,6 +263,26 @@ def _time(
         sliding=tuple(time_bins(steps, scores, width=shown, stride=max(1, shown // 10), **options)),
         uniformities=tuple(uniformity(steps, scores, width=one, **options) for one in widths),
         slope=influence_slope(steps, scores),
+    )
+
+
+def _tail(time: SeedTime, fraction: float) -> SeedTail:
+    scores, steps = time.scores, time.steps
+    fit, spread = fit_tail(scores), float(scores.std())
+    bins = [scores[(steps >= one.start) & (steps < one.stop)] for one in time.bins if one.n]
+    fits = [fit_tail(one, n_bootstrap=0) for one in bins]
+    return SeedTail(
+        seed=time.seed,
+        unit=time.unit,
+        n=scores.size,
+        share=top_share(scores, fraction),
+        noise_share=normal_top_share(fraction, mean=float(scores.mean()), sd=spread)
+        if spread > 0
+        else math.nan,
+        drive=net_drive(scores),
+        fit=fit,
+        alternatives=() if fit is None else tail_alternatives(scores, fit),
+        bin_exponents=tuple(one.exponent for one in fits if one is not None),
     )
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mda_lightning.analysis.distributions import Drive, TailFit
 from mda_lightning.analysis.overlap import BlockContrast, OverlapMatrix
+from mda_lightning.analysis.tail_alternatives import LikelihoodRatio
 from mda_lightning.analysis.time_bins import Slope, TimeBin, Uniformity
 
 
@@ -72,3 +74,28 @@ class SeedTime:
     sliding: tuple[TimeBin, ...]
     uniformities: tuple[Uniformity, ...]
     slope: Slope
+
+
+@dataclass(frozen=True)
+class SeedTail:
+    """How one seed's influence scores are spread.
+
+    Attributes:
+        n: scores, one a row of the score table.
+        share: of the positive influence held by the top set; ``noise_share`` the same of normal
+            noise of the same mean and spread.
+        drive: positive against negative influence.
+        fit: of a power law to the upper tail; None where too few scores are positive.
+        alternatives: other laws on the same tail.
+        bin_exponents: of fits to each time bin alone (figure 8).
+    """
+
+    seed: int
+    unit: str
+    n: int
+    share: float
+    noise_share: float
+    drive: Drive
+    fit: TailFit | None
+    alternatives: tuple[LikelihoodRatio, ...]
+    bin_exponents: tuple[float, ...]
