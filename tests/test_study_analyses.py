@@ -204,7 +204,7 @@ def test_scores_predict_subsets(study: Study, analyses: StudyAnalyses) -> None:
 
 def test_everything_can_be_stored_and_shown(analyses: StudyAnalyses) -> None:
     stored = json.loads(json.dumps(analyses.to_dict(), allow_nan=False))
-    assert stored["kind"] == "study_analyses"
+    assert stored["kind"] == "study_analyses" and stored["provenance"]["title"]
     assert stored["head_overlap"][0]["matrix"]["jaccard"][0][0] == 1.0
     assert "scores" not in stored["time"][0] and stored["time"][0]["bins"]
     assert stored["datamodeling"]["rankings"][0]["per_seed"][0]["n_subsets"] == 24

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mda_lightning.analysis.analysis_words import (
@@ -23,10 +22,9 @@ from mda_lightning.analysis.datamodeling import DatamodelingTable
 from mda_lightning.analysis.effects import signed
 from mda_lightning.analysis.figures.datamodeling import datamodeling_scores
 from mda_lightning.analysis.figures.overlap import overlap_heatmap
-from mda_lightning.analysis.figures.style import DARK, LIGHT, Theme, png_bytes
 from mda_lightning.analysis.figures.time_bins import influence_over_steps
 from mda_lightning.analysis.overlap import BlockContrast
-from mda_lightning.analysis.report_figures import ReportFigure
+from mda_lightning.analysis.report_figures import ReportFigure, report_figure
 from mda_lightning.analysis.study_findings import HeadOverlap, SeedTime, SelectionOverlap
 
 Floats = NDArray[np.float64]
@@ -126,7 +124,7 @@ def selections_section(
         f"Jaccard index of the top {fraction:.0%}, {seeds}: {'; '.join(pairs)}. Random sets of "
         f"that size share {chance:.2f}."
     )
-    figure = _figure(
+    figure = report_figure(
         "selection-overlap",
         lambda theme: overlap_heatmap(
             jaccard,
@@ -257,7 +255,7 @@ def datamodeling_section(table: DatamodelingTable | None) -> AnalysisSection | N
         rows=rows,
     )
     words = "; ".join(f"{row[0]} {row[1]} ({row[2]}, p {row[3]})" for row in rows)
-    figure = _figure(
+    figure = report_figure(
         "datamodeling",
         lambda theme: datamodeling_scores(table, theme=theme),
         title="Linear datamodeling score",
@@ -288,7 +286,7 @@ def _heads_figure(one: HeadOverlap, fraction: float) -> ReportFigure:
     if one.jaccard_blocks is not None:
         words += " " + block_sentence("Jaccard index", [one.jaccard_blocks], None)
     line = " The line divides the leading heads from the others." if one.jaccard_blocks else ""
-    return _figure(
+    return report_figure(
         f"head-overlap-seed-{one.seed}",
         lambda theme: overlap_heatmap(
             matrix.jaccard,
@@ -313,7 +311,7 @@ def _heads_figure(one: HeadOverlap, fraction: float) -> ReportFigure:
 def _time_figure(one: SeedTime, fraction: float) -> ReportFigure:
     shares = ", ".join(f"{b.top_share:.1%}" for b in one.bins if b.n)
     test = next(test for test in one.uniformities if test.width == one.width)
-    return _figure(
+    return report_figure(
         f"time-seed-{one.seed}",
         lambda theme: influence_over_steps(
             one.bins,
@@ -336,13 +334,6 @@ def _time_figure(one: SeedTime, fraction: float) -> ReportFigure:
             f"{p_text(test.p_value)}, dispersion {number(test.dispersion, 2)}."
         ),
     )
-
-
-def _figure(
-    name: str, draw: Callable[[Theme], Figure], *, title: str, alt: str, caption: str, words: str
-) -> ReportFigure:
-    light, dark = (png_bytes(draw(theme)) for theme in (LIGHT, DARK))
-    return ReportFigure(name, title, alt, caption, words, light, dark)
 
 
 # -- values ----------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 For heads it is the paper's figure 3b: do heads of one mechanism want the same data? Between ways
 to rank samples it says how much one selection is another under a different name.
 
-Source: the paper's section 5.2.
+Source: the paper's section 5.2. Of a score table, ``{unit: table.mean_scores(unit)[1] for unit in
+table.units}`` is what :func:`overlap_matrix` takes.
 
 >>> scores = {"L0H0": [9.0, 8.0, 1.0, 2.0], "L0H1": [7.0, 1.0, 6.0, 0.0]}
 >>> both = overlap_matrix(scores, fraction=0.5)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mda_lightning import __version__
 from mda_lightning.analysis.analysis_sections import (
     AnalysisSection,
     datamodeling_section,
@@ -80,6 +81,7 @@ class StudyAnalyses:
         tails: how those scores are spread.
         datamodeling: linear datamodeling scores; None where no seed trained on subsets.
         notes: what is absent, and why, in sentences.
+        provenance: of which study, and by which version.
     """
 
     fraction: float
@@ -89,6 +91,7 @@ class StudyAnalyses:
     tails: tuple[SeedTail, ...] = ()
     datamodeling: DatamodelingTable | None = None
     notes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def sections(self) -> list[AnalysisSection]:
@@ -112,6 +115,7 @@ class StudyAnalyses:
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": "study_analyses",
+            "provenance": _json(self.provenance),
             "fraction": self.fraction,
             "head_overlap": [_json(one) for one in self.heads],
             "selection_overlap": [_json(one) for one in self.selections],
@@ -154,6 +158,12 @@ def study_analyses(
         times=tuple(one for one in times if one is not None),
         tails=tuple(_tail(one, study.treated_fraction) for one in times if one is not None),
         datamodeling=datamodeling,
+        provenance={
+            "mda_lightning": __version__,
+            "title": study.title,
+            "created": study.created,
+            "settings_hash": study.settings_hash,
+        },
     )
     if not analyses.times and not analyses.heads:
         notes.append("No seed has scores yet, so there is nothing to analyse.")
