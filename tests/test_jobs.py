@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mda_lightning.files import write_json
-from mda_lightning.recipes import jobs as jobs_module
+from mda_lightning.recipes.studies import jobs as jobs_module
 from mda_lightning.recipes.studies.jobs import Job, JobError, run_jobs
 
 # Stands in for the process of a job: it does what the specification says.

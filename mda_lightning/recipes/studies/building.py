@@ -34,7 +34,6 @@ from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.recipes.studies.study_corpus import filled_in
 
 _PROGRESS_SECONDS = 0.5
-_HELD_OUT_ROWS = 512
 _RESUME = "resume"
 
 
@@ -94,13 +93,13 @@ def build_monitor(
     ids = rows.token_ids.tolist()
     every, half = monitor.companions_every_n_steps, max(2, monitor.n_sequences // 2)
     text: Any = rows if held_out is None else held_out
-    icl: dict[str, Any] = {"text": text, "n_rows": min(32, len(text))}
-    if held_out is not None:
-        icl["n_rows"] = min(_HELD_OUT_ROWS, len(held_out))
+    n_rows = min(monitor.text_rows, len(text))
+    icl: dict[str, Any] = {"text": text, "n_rows": n_rows}
     if (named := settings.corpus.icl_text) is not None:
         icl = {
             "text": filled_in(named, "corpus.icl_text"),
             "tokenizer": str(rows.folder / "tokenizer.json"),
+            "n_rows": monitor.text_rows,
         }
     watched: dict[str, dict[str, Any]] = {
         "previous_token": {"n_sequences": half, "token_ids": ids},
@@ -109,7 +108,7 @@ def build_monitor(
         "icl": icl,
     }
     if held_out is not None:
-        watched["held_out_loss"] = {"text": held_out, "n_rows": min(_HELD_OUT_ROWS, len(held_out))}
+        watched["held_out_loss"] = {"text": held_out, "n_rows": n_rows}
     return UnitMonitor(
         [study_mechanism(settings, rows)],
         measures=[

@@ -215,6 +215,7 @@ class MonitorSettings:
         quiet_every_n_steps: the same in the base run while nothing happens.
         companions_every_n_steps: steps between measurements of the previous-token score, the
             ablation contribution, in-context learning and the held-out loss.
+        text_rows: rows of text that in-context learning and held-out loss are measured on.
         thresholds: values of μ whose crossing is compared.
     """
 
@@ -222,6 +223,7 @@ class MonitorSettings:
     quiet_every_n_steps: int = 50
     companions_every_n_steps: int = 1000
     n_sequences: int = 100
+    text_rows: int = 32
     averaged_evaluations: int = 5
     thresholds: tuple[float, ...] = (0.2, 0.3, 0.4)
 

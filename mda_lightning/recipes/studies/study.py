@@ -217,6 +217,11 @@ class Study:
             )
         own = job.folder / "scores"
         scored = own if own.is_dir() else None
+        if scored is not None and not ScoreTable.open(scored).complete:
+            raise StudyFolderError(
+                f"the scores in {scored} are not complete, so no plan can be made of them: the "
+                "base run ended before it had written all; start over with --fresh"
+            )
         asked = (names_needed(self.settings), intervals_of(self.settings, window))
         if scored is not None and asked == (("influence",), [window]):
             return self._arm_jobs(seed, self._own_ranking(seed, scored))
