@@ -150,8 +150,8 @@ def _limits(one: ArmComparison, effect: Effect) -> list[str]:
         )
     if one.against == "baseline":
         limits.append(
-            "The untouched run is no matched control: this does not tell which samples were "
-            "touched from how many."
+            "The untouched run is no matched control: how many samples were touched, rather than "
+            "which, may be the reason."
         )
     elif one.against == "declared":
         limits.append(f"{_capital(one.other)} is no random control, but an arm of its own.")
@@ -201,7 +201,7 @@ def selection_verdict(
     times = "comparison" if len(tested) == 1 else "comparisons"
     return (
         f"{text} {len(tested)} {times} with {reference}: intervals are not corrected for their "
-        "number; the p values are (Holm), and decide."
+        "number; p values are (Holm), and they decide."
     )
 
 

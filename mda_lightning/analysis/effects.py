@@ -146,13 +146,15 @@ def paired_p(differences: Sequence[float]) -> float | None:
     """Two-sided p of Student's paired t test that the mean difference is 0.
 
     Returns:
-        ``None`` with fewer than 2 seeds; differences that are all equal give 1 at 0, else 0.
+        ``None`` with fewer than 2 seeds; differences that are all equal (but for rounding) give 1
+        at 0, else 0.
     """
     values = np.asarray(differences, dtype=np.float64)
     if values.size < 2:
         return None
-    if np.ptp(values) == 0:
-        return 1.0 if values[0] == 0 else 0.0
+    size = float(np.abs(values).max())
+    if float(np.ptp(values)) <= 1e-12 * size:
+        return 0.0 if size else 1.0
     return float(ttest_1samp(values, 0.0).pvalue)
 
 
