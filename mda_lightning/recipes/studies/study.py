@@ -74,6 +74,7 @@ class Study:
     shared: Path | None = None
     watch: Watch | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    rows: TokenRows = field(init=False)
 
     def run(self) -> Path:
         """Run what has not been run yet; returns the path of ``study.json``.
@@ -152,17 +153,17 @@ class Study:
             resumable=self.settings.training.checkpoint_every_n_steps > 0,
         )
 
-    def _job(self, kind: str, seed: int, name: str, **about: Any) -> Job:
-        """A job of a seed that follows its base run; ``about`` goes into spec and identity."""
-        identity = self._base_identity(seed) | about.pop("identity")
-        place = about.pop("place")
+    def _job(
+        self, kind: str, seed: int, name: str, place: str, identity: dict[str, Any], **about: Any
+    ) -> Job:
+        """A job that follows a seed's base run, and knows what is ``about`` it."""
         return Job(
             kind,
             f"seed {seed}: {name}",
             self.runs_folder / f"seed-{seed}" / place,
             self._spec(seed, name, **about),
-            identity,
-            resumable=about.pop("resumable", False),
+            self._base_identity(seed) | identity,
+            resumable=kind != "arm" or self.settings.training.checkpoint_every_n_steps > 0,
         )
 
     def _after(self, job: Job, result: dict[str, Any]) -> Iterable[Job]:
@@ -219,11 +220,11 @@ class Study:
         scored = own if own.is_dir() else None
         if scored is not None and not ScoreTable.open(scored).complete:
             raise StudyFolderError(
-                f"the scores in {scored} are not complete, so no plan can be made of them: the "
-                "base run ended before it had written all; start over with --fresh"
+                f"the scores in {scored} are not complete, so no plan can be made of them: its "
+                "base run was interrupted; start over with --fresh"
             )
-        asked = (names_needed(self.settings), intervals_of(self.settings, window))
-        if scored is not None and asked == (("influence",), [window]):
+        is_own = names_needed(self.settings) == ("influence",)
+        if scored is not None and is_own and intervals_of(self.settings, window) == [window]:
             return self._arm_jobs(seed, self._own_ranking(seed, scored))
         identity = {"rankings": rankings_hash(self.settings)}
         return [
@@ -236,7 +237,6 @@ class Study:
                 base=str(job.folder),
                 window=report,
                 scores=None if scored is None else str(scored),
-                resumable=True,
             )
         ]
 
@@ -327,7 +327,6 @@ class Study:
                     base=str(self._base_job(seed).folder),
                     window=self._reports[seed],
                     key=key,
-                    resumable=True,
                 )
             )
         return jobs
@@ -354,7 +353,6 @@ class Study:
             arm=name,
             checkpoint=str(base / self._reports[seed]["checkpoints"]["branch"]),
             end=end,
-            resumable=self.settings.training.checkpoint_every_n_steps > 0,
             **about,
         )
 
@@ -366,7 +364,7 @@ class Study:
         for name, arm in self.settings.arms.items():
             if arm.control_of == owner:
                 plan = control_plan(decided, self.settings.arms[owner], arm.draw, facts)
-                jobs.append(self._plan_job(seed, name, dataclasses.replace(plan, name=name)))
+                jobs.append(self._plan_job(seed, name, plan.bound(name=name)))
         return jobs
 
     def _facts(self, seed: int, rankings: Path) -> SeedFacts:

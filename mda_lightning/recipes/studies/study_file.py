@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from mda_lightning import __version__
+from mda_lightning.corpora import TokenRows
 from mda_lightning.files import read_json, write_json
 from mda_lightning.mechanisms import mechanism
 from mda_lightning.recipes.studies.arms import phrase_of
@@ -21,15 +22,29 @@ from mda_lightning.recipes.studies.job import peak_memory_bytes
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.window import WindowRule
 
-if TYPE_CHECKING:
-    from mda_lightning.recipes.studies.study import Study
-
 SCHEMA_VERSION = 2  # 1 knew five arms and no declared controls
 FILE = "study.json"
 
 
 class StudyFolderError(ValueError):
     """The folder holds a study of other settings, or cannot hold one."""
+
+
+class Described(Protocol):
+    """What the file says of a study; see :class:`~mda_lightning.recipes.studies.study.Study`."""
+
+    folder: Path
+    settings: StudySettings
+    corpus: Path
+    held_out: Path | None
+    title: str
+    max_parallel: int
+    timings: dict[str, float]
+    rows: TokenRows
+
+    def relative(self, path: Path) -> str:
+        """As the file names a path."""
+        ...
 
 
 @dataclass
@@ -40,12 +55,12 @@ class StudyFile:
         seeds: seed -> its entry, kept by the study while it runs.
     """
 
-    study: Study
+    study: Described
     created: str
     seeds: dict[int, dict[str, Any]]
 
     @classmethod
-    def claim(cls, study: Study) -> StudyFile:
+    def claim(cls, study: Described) -> StudyFile:
         """Take up what the folder holds of the same study.
 
         Arms may have been added, changed or left out since; base run, corpus and versions not.
