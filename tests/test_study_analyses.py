@@ -132,8 +132,14 @@ def test_leading_heads_are_a_block(study: Study, analyses: StudyAnalyses) -> Non
         assert blocks is not None and blocks.p_value == pytest.approx(1 / math.comb(8, 3))
         mean = np.mean([one.matrix.of(a, b).jaccard for a in LEADING for b in LEADING if a < b])
         assert blocks.within == pytest.approx(mean)
+        others = [unit for unit in UNITS if unit != "L1H2"]
+        shared = [one.matrix.of("L1H2", unit).jaccard for unit in others]
+        mu = dict(zip(one.matrix.names, one.mu, strict=True))
+        reference = stats.spearmanr([mu[unit] for unit in others], shared).statistic
+        assert one.kinship == pytest.approx(reference) and one.kinship > 0.5
     sentence = analyses.sections[0].sentences[0]
     assert "a block of their own" in sentence and "3 seeds" in sentence
+    assert analyses.sections[0].sentences[-1].startswith("The higher a head's μ, the more")
 
 
 def test_rankings_are_compared_once_each(study: Study, analyses: StudyAnalyses) -> None:

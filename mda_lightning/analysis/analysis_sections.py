@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from mda_lightning.analysis.analysis_words import (
     block_sentence,
     difference_sentence,
+    kinship_sentence,
     number,
     p_text,
     significant,
     span,
     strongest_pair,
 )
-from mda_lightning.analysis.datamodeling import DatamodelingTable
+from mda_lightning.analysis.datamodeling import DatamodelingTable, seed_interval
 from mda_lightning.analysis.effects import signed
 from mda_lightning.analysis.figures.datamodeling import datamodeling_scores
 from mda_lightning.analysis.figures.overlap import overlap_heatmap
@@ -66,6 +67,9 @@ def heads_section(found: Sequence[HeadOverlap], fraction: float) -> AnalysisSect
         known = [one for one in blocks if one is not None]
         if known:
             sentences.append(block_sentence(name, known, expected))
+    kinships = [one.kinship for one in found if math.isfinite(one.kinship)]
+    if kinships:
+        sentences.append(kinship_sentence(kinships))
     rows: list[tuple[str, ...]] = [
         (
             str(one.seed),
@@ -73,6 +77,7 @@ def heads_section(found: Sequence[HeadOverlap], fraction: float) -> AnalysisSect
             *(_three(one.jaccard_blocks)),
             p_text(one.jaccard_blocks.p_value) if one.jaccard_blocks else "–",
             *(_three(one.rbo_blocks)),
+            number(one.kinship, 2),
             number(one.matrix.expected_jaccard),
             f"{one.matrix.depth:,} of {one.matrix.pool:,}",
         )
@@ -84,11 +89,12 @@ def heads_section(found: Sequence[HeadOverlap], fraction: float) -> AnalysisSect
         caption=(
             "Mean overlap of pairs of heads: among the leading ones (μ at least halfway from "
             "chance to the highest), between them and the others, among the others. p: share of "
-            "the ways to name as many leading heads that set them as far apart"
+            "the ways to name as many leading heads that set them as far apart. Kinship: rank "
+            "correlation, over the other heads, of μ with the Jaccard index with the target"
         ),
         columns=(
             "seed", "leading heads", "Jaccard: among", "between", "others", "p",
-            "RBO: among", "between", "others", "Jaccard of random sets", "top set",
+            "RBO: among", "between", "others", "kinship", "Jaccard of random sets", "top set",
         ),
         rows=tuple(rows),
     )  # fmt: skip
@@ -355,6 +361,7 @@ def _mean_row(found: Sequence[HeadOverlap]) -> tuple[str, ...]:
         *mean([one.jaccard_blocks for one in found]),
         "",
         *mean([one.rbo_blocks for one in found]),
+        number(seed_interval([k.kinship for k in found if math.isfinite(k.kinship)])[0], 2),
         number(_expected(found, "jaccard")),
         "",
     )

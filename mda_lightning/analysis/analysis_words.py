@@ -36,6 +36,25 @@ def block_sentence(name: str, blocks: Sequence[BlockContrast], expected: float |
     )
 
 
+def kinship_sentence(kinships: Sequence[float]) -> str:
+    """Whether heads with a higher μ share more data with the target, over the seeds given."""
+    mean, low, high = seed_interval(kinships)
+    if len(kinships) == 1:
+        return (
+            "Over the other heads, μ and the overlap with the target have rank correlation "
+            f"{signed(mean, 2)} (one seed)."
+        )
+    if low > 0:
+        verdict = "The higher a head's μ, the more of its top samples are the target's"
+    elif high < 0:
+        verdict = "The higher a head's μ, the fewer of its top samples are the target's"
+    else:
+        verdict = "No clear relation of a head's μ with its overlap with the target"
+    return (
+        f"{verdict}: rank correlation {signed(mean, 2)} ({span(low, high)}, {len(kinships)} seeds)."
+    )
+
+
 def difference_sentence(one: Difference) -> str:
     """Which of two rankings predicts better; the interval over seeds decides, where it exists."""
     if len(one.per_seed) > 1:

@@ -25,14 +25,18 @@ from mda_lightning.analysis.analysis_sections import (
     selections_section,
     time_section,
 )
-from mda_lightning.analysis.datamodeling import DatamodelingTable, datamodeling_table
+from mda_lightning.analysis.datamodeling import (
+    DatamodelingTable,
+    datamodeling_table,
+    rank_correlation,
+)
 from mda_lightning.analysis.distributions import (
     fit_tail,
     net_drive,
     normal_top_share,
     top_share,
 )
-from mda_lightning.analysis.overlap import block_contrast, overlap_matrix
+from mda_lightning.analysis.overlap import OverlapMatrix, block_contrast, overlap_matrix
 from mda_lightning.analysis.report_figures import ReportFigure
 from mda_lightning.analysis.study import SeedRun, Study
 from mda_lightning.analysis.study_findings import (
@@ -67,6 +71,8 @@ from mda_lightning.store.rankings import Rankings
 Floats = NDArray[np.float64]
 
 SCHEMA_VERSION = 1
+LEAST_OTHERS = 4
+"""Fewest heads beside the target that a correlation with μ is computed over."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,20 @@ def _heads(
         leading=leading,
         jaccard_blocks=jaccard_blocks,
         rbo_blocks=rbo_blocks,
+        kinship=_kinship(matrix, scores.target, scores.mu),
     )
+
+
+def _kinship(matrix: OverlapMatrix, target: str, mu: Mapping[str, float]) -> float:
+    others = [
+        head
+        for head in matrix.names
+        if head != target and math.isfinite(mu.get(head, math.nan)) and target in matrix.names
+    ]
+    if len(others) < LEAST_OTHERS:
+        return math.nan
+    shared = [matrix.of(target, head).jaccard for head in others]
+    return rank_correlation([mu[head] for head in others], shared)
 
 
 def _selections(

@@ -26,6 +26,9 @@ class HeadOverlap:
         leading: heads at least halfway from chance to the highest μ.
         jaccard_blocks, rbo_blocks: leading heads against the others; None where fewer than two
             lead or all do.
+        kinship: Spearman's correlation, over the other heads, of μ with their Jaccard index with
+            the target: positive where a head shares the more data with it the more it does the
+            same. NaN with fewer than four other heads.
     """
 
     seed: int
@@ -36,6 +39,7 @@ class HeadOverlap:
     leading: tuple[str, ...]
     jaccard_blocks: BlockContrast | None
     rbo_blocks: BlockContrast | None
+    kinship: float
 
 
 @dataclass(frozen=True, eq=False)
