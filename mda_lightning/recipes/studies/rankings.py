@@ -60,9 +60,17 @@ def resolved(settings: StudySettings, name: str) -> RankingSettings:
     )
 
 
-def intervals_of(settings: StudySettings, window: tuple[int, int]) -> list[tuple[int, int]]:
-    """The window, and the other intervals that arms choose samples from, merged and ascending."""
+def intervals_of(
+    settings: StudySettings, window: tuple[int, int], middle: int
+) -> list[tuple[int, int]]:
+    """The window, and the other intervals that samples are chosen from, merged and ascending.
+
+    Args:
+        middle: the step from which subsets are trained on.
+    """
     asked = [window]
+    if settings.subsets.count:
+        asked.append((middle, middle + settings.subsets.steps))
     for arm in settings.arms.values():
         if arm.control_of is None and arm.do in ("mask", "insert", "replace"):
             asked += [steps_of(arm.from_steps, window)]
@@ -90,7 +98,9 @@ def rank_samples(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     report = spec["window"]
     window = (int(report["window"]["start"]), int(report["window"]["end"]))
     stream = Schedule(study_order(settings, rows, seed))
-    intervals = intervals_of(settings, window)
+    intervals = intervals_of(
+        settings, window, int(report["checkpoint_steps"].get("mid", window[0]))
+    )
     parts = [WindowData.read(rows, stream, start=start, end=end) for start, end in intervals]
     data = WindowData(
         rows,

@@ -224,7 +224,8 @@ class Study:
                 "base run was interrupted; start over with --fresh"
             )
         is_own = names_needed(self.settings) == ("influence",)
-        if scored is not None and is_own and intervals_of(self.settings, window) == [window]:
+        middle = int(report["checkpoint_steps"].get("mid", window[0]))
+        if scored and is_own and intervals_of(self.settings, window, middle) == [window]:
             return self._arm_jobs(seed, self._own_ranking(seed, scored))
         identity = {"rankings": rankings_hash(self.settings)}
         return [
