@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from made_study import write_made_study
 from scipy import stats
 
-from mda_lightning.analysis.comparison import compare_study
-from mda_lightning.analysis.comparison_values import ArmComparison, StudyComparison
+from mda_lightning.analysis.comparison import StudyComparison, compare_study
+from mda_lightning.analysis.comparison_values import ArmComparison
 from mda_lightning.analysis.effects import holm, paired_p
 from mda_lightning.analysis.study import StudyError, load_study
 

@@ -124,6 +124,7 @@ def test_a_row_of_the_figure_is_a_control_and_its_arms_strongest_first(folder: P
     means = [one.final.effect.mean for one in mask.arms if one.final.effect is not None]
     assert len(means) == 4 and means == sorted(means)
     assert [one.arm for one in insert.arms] == ["insert-top"]
+    assert mask.other == "mask-random"
     figure = comparison_figure(compared)
     assert figure is not None and len(figure.axes) == 4
     names = [label.get_text() for label in figure.axes[1].get_yticklabels()]
@@ -134,6 +135,30 @@ def test_a_row_of_the_figure_is_a_control_and_its_arms_strongest_first(folder: P
     assert drawn == sorted(drawn)
     for theme in (LIGHT, DARK):
         assert len(set(shades(theme, "insert", 24))) == 24
+
+
+def test_insertion_is_strongest_where_it_raises_most_and_curves_share_their_seeds(
+    tmp_path: Path,
+) -> None:
+    arms = {
+        "weak": arm("insert", "c", by="loss"),
+        "strong": arm("insert", "c", by="ekfac"),
+        "c": arm("insert", control_of="weak"),
+    }
+    runs = {
+        s: {"baseline": run(0.4), "weak": run(0.41), "strong": run(0.5), "c": run(0.4)}
+        for s in range(2)
+    }
+    # Seed 1 is at another level and has one arm only: it would pull that arm's mean away.
+    runs[1] = {"baseline": run(0.9), "weak": run(0.9)}
+    compared = compare_study(write_made_study(tmp_path, arms, runs))
+    (family,) = families(compared)
+    assert [one.arm for one in family.arms] == ["strong", "weak"]
+    figure = comparison_figure(compared)
+    assert figure is not None
+    curves = [line.get_ydata() for line in figure.axes[0].get_lines()]
+    ends = [float(curve[-1]) for curve in curves if len(curve) > 2]
+    assert len(ends) == 4 and max(ends) == pytest.approx(0.5)
 
 
 def test_heads_are_drawn_where_they_are(folder: Path) -> None:

@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mda_lightning.analysis.comparison_coupling import couplings
+from mda_lightning.analysis.comparison_files import write_files
 from mda_lightning.analysis.comparison_heads import head_effects
 from mda_lightning.analysis.comparison_selections import selection_groups
+from mda_lightning.analysis.comparison_tables import console_lines
 from mda_lightning.analysis.comparison_values import (
     Against,
     ArmComparison,
+    ComparisonValues,
     PairedCrossing,
     Quantity,
-    StudyComparison,
     finite_pairs,
     paired,
 )
@@ -36,7 +38,21 @@ from mda_lightning.analysis.study import BASELINE, SeedRun, Study, load_study
 
 __all__ = ["StudyComparison", "compare_study", "quantities_of", "write_comparison"]
 
+EXPECTED = {
+    "icl_gain": "in-context learning",
+    "held_out_loss": "held-out loss",
+    ABLATION: "ablation of the head",
+}
+
 Outcomes = Mapping[int, Mapping[str, ArmOutcome]]
+
+
+class StudyComparison(ComparisonValues):
+    """A study, compared; the attributes are those of :class:`ComparisonValues`."""
+
+    def lines(self) -> list[str]:
+        """The table and the verdicts for a terminal of 110 columns."""
+        return console_lines(self)
 
 
 def compare_study(folder: str | Path | Study) -> StudyComparison:
@@ -81,8 +97,6 @@ def write_comparison(folder: str | Path) -> StudyComparison:
         StudyError: the folder is no study, or one of another version.
         PermissionError: the folder cannot be written to.
     """
-    from mda_lightning.analysis.comparison_files import write_files
-
     comparison = compare_study(folder)
     write_files(comparison)
     return comparison
@@ -194,6 +208,12 @@ def _caveats(study: Study, outcomes: Outcomes, arms: Sequence[ArmComparison]) ->
             f"Without a matched control, so compared with the untouched run only: "
             f"{', '.join(bare)}."
         )
+    reached = [one for one in arms if one.final.effect is not None]
+    for key, name in EXPECTED.items():
+        if reached and all(one.quantities[key].effect is None for one in reached):
+            notes.append(
+                f"No {name} to compare: no two arms measured it at the same step after the branch."
+            )
     nowhere = [one.arm for one in arms if one.final.effect is None]
     if nowhere and outcomes:
         notes.append(

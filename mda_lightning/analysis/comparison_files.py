@@ -11,12 +11,12 @@ from mda_lightning import __version__
 from mda_lightning.analysis.comparison_tables import markdown
 from mda_lightning.analysis.comparison_values import (
     ArmComparison,
+    ComparisonValues,
     Coupling,
     HeadEffects,
     PairedCrossing,
     PairedQuantity,
     SelectionGroup,
-    StudyComparison,
 )
 from mda_lightning.analysis.effects import Effect
 from mda_lightning.analysis.figures.comparison import comparison_figure
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 KIND = "comparison"
 
 
-def write_files(comparison: StudyComparison) -> None:
+def write_files(comparison: ComparisonValues) -> None:
     """Write everything beside ``study.json``; a figure only where there is a curve."""
     write_tables(comparison)
     for theme in (LIGHT, DARK):
@@ -38,7 +38,7 @@ def write_files(comparison: StudyComparison) -> None:
                 part.write_bytes(png_bytes(figure))
 
 
-def write_tables(comparison: StudyComparison) -> None:
+def write_tables(comparison: ComparisonValues) -> None:
     """``comparison.json``, ``comparison.csv`` and ``comparison.md``."""
     folder = comparison.study.folder
     write_json(folder / "comparison.json", to_dict(comparison))
@@ -53,7 +53,7 @@ def write_tables(comparison: StudyComparison) -> None:
         part.write_text(markdown(comparison), "utf-8")
 
 
-def long_rows(comparison: StudyComparison) -> Iterator[tuple[int, str, str, float | str]]:
+def long_rows(comparison: ComparisonValues) -> Iterator[tuple[int, str, str, float | str]]:
     """(seed, arm, quantity, value): the raw numbers that everything is paired from.
 
     A threshold that was not crossed has an empty value, and ``crossing@0.3/looked_until`` says how
@@ -81,7 +81,7 @@ def long_rows(comparison: StudyComparison) -> Iterator[tuple[int, str, str, floa
                 yield seed, arm, f"head@{head}", final
 
 
-def to_dict(comparison: StudyComparison) -> dict[str, Any]:
+def to_dict(comparison: ComparisonValues) -> dict[str, Any]:
     """All numbers of a comparison as JSON values."""
     study = comparison.study
     return {

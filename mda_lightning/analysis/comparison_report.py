@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mda_lightning.analysis.comparison_heads import PARTS
 from mda_lightning.analysis.comparison_tables import number
-from mda_lightning.analysis.comparison_values import PairedQuantity, StudyComparison
+from mda_lightning.analysis.comparison_values import ComparisonValues, PairedQuantity
 from mda_lightning.analysis.comparison_words import (
     against_phrase,
     amount,
@@ -26,7 +26,7 @@ from mda_lightning.analysis.figures.style import Theme
 from mda_lightning.analysis.report_figures import ReportFigure, report_figure
 
 
-def arms_figure(comparison: StudyComparison) -> ReportFigure | None:
+def arms_figure(comparison: ComparisonValues) -> ReportFigure | None:
     """Mean curves of the arms beside their differences."""
     if not families(comparison):
         return None
@@ -62,18 +62,18 @@ def arms_figure(comparison: StudyComparison) -> ReportFigure | None:
         alt=f"Left, the target head's {score} over steps in every arm; right, the final "
         "differences between arms, one dot per seed, with intervals.",
         caption=(
-            "One row for the arms that share a control. Left: mean over seeds since the window's "
-            "start (shaded; dotted, where the seeds' windows end); bands, up to four arms, are "
-            "standard errors over seeds; horizontal dashes, the chance floor. Right, in the same "
-            "colours: the difference where the arms are compared; an interval that reaches the "
-            "vertical line shows no clear difference. Hollow: the control against the untouched "
-            "run."
+            "One row for the arms that share a control. Left: mean over the seeds that all of them "
+            "have, since the window's start (shaded; dotted, where the seeds' windows end); bands, "
+            "up to four arms, are standard errors over seeds; horizontal dashes, the chance floor. "
+            "Right, in the same colours: the difference where the arms are compared; an interval "
+            "that reaches the vertical line shows no clear difference (those of two seeds may be "
+            "cut at the edge). Hollow: the control against the untouched run."
         ),
         words=words.strip(),
     )
 
 
-def heads_figure(comparison: StudyComparison) -> ReportFigure | None:
+def heads_figure(comparison: ComparisonValues) -> ReportFigure | None:
     """The maps of all heads."""
     if not comparison.heads:
         return None
@@ -108,7 +108,7 @@ def heads_figure(comparison: StudyComparison) -> ReportFigure | None:
     )
 
 
-def coupled_figure(comparison: StudyComparison) -> ReportFigure | None:
+def coupled_figure(comparison: ComparisonValues) -> ReportFigure | None:
     """In-context learning and held-out loss against μ."""
     if not comparison.couplings:
         return None
@@ -130,7 +130,7 @@ def coupled_figure(comparison: StudyComparison) -> ReportFigure | None:
     )
 
 
-def selection_tables(comparison: StudyComparison) -> list[dict[str, Any]]:
+def selection_tables(comparison: ComparisonValues) -> list[dict[str, Any]]:
     """One table a group of selections, the strongest first."""
     tables = []
     for group in comparison.selections:
@@ -160,7 +160,7 @@ def selection_tables(comparison: StudyComparison) -> list[dict[str, Any]]:
     return tables
 
 
-def part_rows(comparison: StudyComparison) -> list[dict[str, Any]]:
+def part_rows(comparison: ComparisonValues) -> list[dict[str, Any]]:
     """Arms by the part of a head: target, second, lowest, all others."""
     parts = [
         part

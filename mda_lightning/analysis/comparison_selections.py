@@ -26,7 +26,8 @@ def selection_groups(
 ) -> list[SelectionGroup]:
     """One group for every operation and control that two or more arms share.
 
-    The reference is the first arm of the top samples by EK-FAC influence on the target head, and
+    The reference is the first arm of the top samples by EK-FAC influence on the target head (of
+    samples that were trained on, not of generated ones), and
     without one the first arm; every other arm of the group is compared with it, and the p values
     are adjusted by Holm's method within the group.
     """
@@ -86,7 +87,7 @@ def _group(
     ranked = tuple(
         sorted(
             ((one.arm, one.final) for one in members),
-            key=lambda entry: _strength(entry[1], sign),
+            key=lambda entry: strength(entry[1], sign),
             reverse=True,
         )
     )
@@ -99,10 +100,12 @@ def _is_reference(arm: DeclaredArm) -> bool:
         arm.by in REFERENCE_RANKINGS
         and arm.settings.get("which", "top") == "top"
         and arm.settings.get("unit", "target") == "target"
+        and not arm.settings.get("generator")
     )
 
 
-def _strength(one: PairedQuantity, sign: int) -> float:
+def strength(one: PairedQuantity, sign: int) -> float:
+    """Size of an effect in the operation's direction; by size alone where it has none."""
     if one.effect is None:
         return float("-inf")
     return sign * one.effect.mean if sign else abs(one.effect.mean)

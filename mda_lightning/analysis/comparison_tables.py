@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mda_lightning.analysis.comparison_values import (
     ArmComparison,
+    ComparisonValues,
     PairedQuantity,
-    StudyComparison,
 )
 from mda_lightning.analysis.comparison_words import (
     against_phrase,
@@ -51,7 +51,7 @@ class Row:
     clear: bool
 
 
-def columns(comparison: StudyComparison) -> dict[str, str]:
+def columns(comparison: ComparisonValues) -> dict[str, str]:
     """Key and heading of the columns that hold something in this study."""
     rows = _compared(comparison)
     found = {"final": "difference", "interval": "95% interval", "n": "n"}
@@ -64,7 +64,7 @@ def columns(comparison: StudyComparison) -> dict[str, str]:
     return found
 
 
-def table_rows(comparison: StudyComparison) -> list[Row]:
+def table_rows(comparison: ComparisonValues) -> list[Row]:
     """Every arm against its control, grouped by control, each group followed by that control."""
     threshold = table_threshold(comparison)
     keys = columns(comparison)
@@ -82,7 +82,7 @@ def table_rows(comparison: StudyComparison) -> list[Row]:
     return rows
 
 
-def table_threshold(comparison: StudyComparison) -> float | None:
+def table_threshold(comparison: ComparisonValues) -> float | None:
     """The one threshold of the table: crossed by both in most seeds, the highest of those."""
     counts: dict[float, int] = {}
     for one in comparison.arms:
@@ -92,7 +92,7 @@ def table_threshold(comparison: StudyComparison) -> float | None:
     return max(counts, key=lambda threshold: (counts[threshold], threshold), default=None)
 
 
-def legend_lines(comparison: StudyComparison) -> list[str]:
+def legend_lines(comparison: ComparisonValues) -> list[str]:
     """What the columns are, in sentences."""
     score = metric_name(comparison.study.metric)
     keys = columns(comparison)
@@ -119,7 +119,7 @@ def legend_lines(comparison: StudyComparison) -> list[str]:
     return lines
 
 
-def console_lines(comparison: StudyComparison) -> list[str]:
+def console_lines(comparison: ComparisonValues) -> list[str]:
     """The table, its legend, the verdicts and the notes, at most 110 columns wide."""
     keys = columns(comparison)
     rows = table_rows(comparison)
@@ -161,7 +161,7 @@ def console_lines(comparison: StudyComparison) -> list[str]:
     return lines
 
 
-def markdown(comparison: StudyComparison) -> str:
+def markdown(comparison: ComparisonValues) -> str:
     """The table as GitHub Markdown, its legend, and the verdicts as a list."""
     keys = columns(comparison)
     rows = table_rows(comparison)
@@ -186,7 +186,7 @@ def markdown(comparison: StudyComparison) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _compared(comparison: StudyComparison) -> list[ArmComparison]:
+def _compared(comparison: ComparisonValues) -> list[ArmComparison]:
     """Arms by what they are held against; behind them the controls, against the untouched run."""
     order: dict[str, list[ArmComparison]] = {}
     for one in comparison.arms:

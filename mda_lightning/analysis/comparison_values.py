@@ -191,8 +191,8 @@ class Coupling:
 
 
 @dataclass(frozen=True)
-class StudyComparison:
-    """A study, compared.
+class ComparisonValues:
+    """What a comparison of a study consists of.
 
     Attributes:
         arms: every arm that is no control, against its control, else against the untouched run.
@@ -218,12 +218,6 @@ class StudyComparison:
             *(one.verdict for one in self.selections),
             *(one.verdict for one in self.couplings),
         ]
-
-    def lines(self) -> list[str]:
-        """The table and the verdicts for a terminal of 110 columns."""
-        from mda_lightning.analysis.comparison_tables import console_lines
-
-        return console_lines(self)
 
 
 def finite_pairs(

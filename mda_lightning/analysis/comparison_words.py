@@ -187,7 +187,8 @@ def selection_verdict(
         for one in tested
         if one.stronger is None and one.paired.direction in ("higher", "lower")
     ]
-    level = [one for one in tested if one.paired.direction == "no clear difference"]
+    level = [one for one in tested if one.holm is not None and one.holm > LEVEL]
+    apart = [one for one in tested if one not in (*beaten, *better, *level)]
     if beaten:
         text += f" {reference} is stronger than {_each(beaten)}."
     if better:
@@ -198,6 +199,9 @@ def selection_verdict(
         text += f" No clear difference between {reference} and {_each(level)}."
     if sign and not better:
         text += f" No selection is shown to be stronger than {reference}."
+    fewest = min(one.paired.effect.n for one in tested if one.paired.effect is not None)
+    if fewest < FEW_SEEDS:
+        text += f" Only {fewest} seeds, so a difference may be missed."
     times = "comparison" if len(tested) == 1 else "comparisons"
     return (
         f"{text} {len(tested)} {times} with {reference}: intervals are not corrected for their "

@@ -203,7 +203,7 @@ def load_study(folder: str | Path) -> Study:
         raise StudyError(f"{path} is a {raw.get('kind')!r} study; this reads 'counterfactual' ones")
     notes: list[str] = []
     metric = str(raw.get("metric", "induction"))
-    declared = _declared(path, raw.get("arms") or {})
+    declared = _declared(path, raw.get("arms") or {}, (raw.get("config") or {}).get("arms") or {})
     seeds = tuple(
         _seed(root, entry, metric, tuple(declared), notes) for entry in raw.get("seeds") or []
     )
@@ -230,7 +230,9 @@ def load_study(folder: str | Path) -> Study:
     )
 
 
-def _declared(path: Path, raw: Mapping[str, Any]) -> dict[str, DeclaredArm]:
+def _declared(
+    path: Path, raw: Mapping[str, Any], configured: Mapping[str, Any]
+) -> dict[str, DeclaredArm]:
     """The arms, the untouched run first even where the file does not declare it."""
     every = {BASELINE: {"do": "nothing", "phrase": "leaving the data alone"}, **raw}
     arms = {}
@@ -249,7 +251,7 @@ def _declared(path: Path, raw: Mapping[str, Any]) -> dict[str, DeclaredArm]:
             control=None if control is None else str(control),
             control_of=entry.get("control_of"),
             by=None if by is None else str(by),
-            settings=dict(entry),
+            settings={**configured.get(name, {}), **entry},
         )
     return arms
 

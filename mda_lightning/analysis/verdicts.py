@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mda_lightning.analysis.comparison import compare_study
-from mda_lightning.analysis.comparison_values import ArmComparison, StudyComparison
+from mda_lightning.analysis.comparison import StudyComparison, compare_study
+from mda_lightning.analysis.comparison_values import ArmComparison
 from mda_lightning.analysis.comparison_words import metric_name
 from mda_lightning.analysis.effects import Effect
 from mda_lightning.analysis.influences import SeedInfluence

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,9 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from mda_lightning.analysis.comparison_selections import direction_of, strength
 from mda_lightning.analysis.comparison_values import (
     ArmComparison,
-    StudyComparison,
+    ComparisonValues,
 )
 from mda_lightning.analysis.comparison_words import metric_name, shortened
 from mda_lightning.analysis.figures.style import DPI, LIGHT, SMALL, Theme, dress
@@ -42,14 +44,14 @@ class Family:
     arms: tuple[ArmComparison, ...]
 
 
-def families(comparison: StudyComparison) -> list[Family]:
+def families(comparison: ComparisonValues) -> list[Family]:
     """Arms with values, by what they are held against and by operation."""
     found: dict[tuple[str, str], list[ArmComparison]] = {}
     for one in comparison.arms:
         if one.final.effect is not None or _tracks(comparison, one.arm):
             found.setdefault((one.other, comparison.study.declared[one.arm].do), []).append(one)
     return [
-        Family(other, do, tuple(sorted(arms, key=_difference)))
+        Family(other, do, tuple(sorted(arms, key=partial(_strength, comparison), reverse=True)))
         for (other, do), arms in found.items()
     ]
 
@@ -72,13 +74,13 @@ def shades(theme: Theme, do: str, count: int) -> list[str]:
     return [to_hex((float(red), float(green), float(blue))) for red, green, blue in mixed]
 
 
-def comparison_figure(comparison: StudyComparison, *, theme: Theme = LIGHT) -> Figure | None:
+def comparison_figure(comparison: ComparisonValues, *, theme: Theme = LIGHT) -> Figure | None:
     """One row for the arms that share a control: their mean curves, and their differences.
 
-    Left, mean μ over seeds since the window's start: treated solid, control dashed, untouched run
-    thin; bands are standard errors over seeds, drawn for up to four arms. Right, in the same
-    colours, final differences from the control: dots are seeds, the diamond and bar the mean and
-    its 95% interval; hollow, the control against the untouched run.
+    Left, mean μ since the window's start, over the seeds that all of the row have: treated solid,
+    control dashed, untouched run thin; bands are standard errors over seeds, drawn for up to four
+    arms. Right, in the same colours, final differences from the control: dots are seeds, the
+    diamond and bar the mean and its 95% interval; hollow, the control against the untouched run.
 
     Returns:
         ``None`` when no arm has a curve.
@@ -124,7 +126,7 @@ def comparison_figure(comparison: StudyComparison, *, theme: Theme = LIGHT) -> F
 
 
 def _curves(
-    ax: Axes, comparison: StudyComparison, row: Family, colours: dict[str, str], theme: Theme
+    ax: Axes, comparison: ComparisonValues, row: Family, colours: dict[str, str], theme: Theme
 ) -> tuple[float, float]:
     """Draw a family's curves; the range of what was drawn."""
     study = comparison.study
@@ -141,8 +143,10 @@ def _curves(
             ax.axvline(end, color=theme.muted, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
     drawn: list[float] = []
     others = [name for name in dict.fromkeys((BASELINE, row.other)) if name not in colours]
-    for name in [*others, *reversed([one.arm for one in row.arms])]:
-        grid, table = _mean(_tracks(comparison, name))
+    names = [*others, *reversed([one.arm for one in row.arms])]
+    seeds = _seeds_of_all(comparison, names)
+    for name in names:
+        grid, table = _mean(_tracks(comparison, name, seeds))
         if not grid.size:
             continue
         colour = colours.get(name, theme.ink if name == BASELINE else theme.muted)
@@ -159,13 +163,14 @@ def _curves(
         if len(table) > 1 and len(row.arms) <= _BANDS_UP_TO and name != BASELINE:
             error = table.std(axis=0, ddof=1) / math.sqrt(len(table))
             ax.fill_between(grid, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+            drawn += [float((mean - error).min()), float((mean + error).max())]
     if study.chance is not None:
         ax.axhline(study.chance, color=theme.muted, linewidth=0.8, linestyle=(0, (6, 3)), zorder=1)
     return min(drawn, default=0.0), max(drawn, default=0.1)
 
 
 def _dots(
-    ax: Axes, comparison: StudyComparison, row: Family, colours: dict[str, str], theme: Theme
+    ax: Axes, comparison: ComparisonValues, row: Family, colours: dict[str, str], theme: Theme
 ) -> None:
     ax.grid(False, axis="y")
     ax.axvline(0.0, color=theme.ink, linewidth=1.0)
@@ -237,10 +242,22 @@ def _legend(figure: Figure, theme: Theme) -> None:
     )
 
 
-def _tracks(comparison: StudyComparison, arm: str) -> list[tuple[Floats, Floats]]:
+def _seeds_of_all(comparison: ComparisonValues, names: Sequence[str]) -> set[int]:
+    """Seeds that have all of the arms that any seed has; means over others would not compare."""
+    having = [{s for s, arms in comparison.outcomes.items() if name in arms} for name in names]
+    having = [seeds for seeds in having if seeds]
+    every = set.intersection(*having) if having else set()
+    return every or set.union(*having, set())
+
+
+def _tracks(
+    comparison: ComparisonValues, arm: str, seeds: set[int] | None = None
+) -> list[tuple[Floats, Floats]]:
     """An arm's curve of every seed, steps since the window's start."""
     tracks = []
     for seed in comparison.study.seeds:
+        if seeds is not None and seed.seed not in seeds:
+            continue
         one = comparison.outcomes.get(seed.seed, {}).get(arm)
         if one is not None and seed.window.start is not None:
             steps = np.asarray(one.curve[0], dtype=np.float64) - seed.window.start
@@ -259,11 +276,11 @@ def _mean(tracks: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
     return grid, np.stack([np.interp(grid, steps, values) for steps, values in tracks])
 
 
-def _difference(one: ArmComparison) -> float:
-    return one.final.effect.mean if one.final.effect is not None else math.inf
+def _strength(comparison: ComparisonValues, one: ArmComparison) -> float:
+    return strength(one.final, direction_of(comparison.study.declared[one.arm]) or -1)
 
 
-def _reach(comparison: StudyComparison) -> float:
+def _reach(comparison: ComparisonValues) -> float:
     effects = [
         one.final.effect
         for one in (*comparison.arms, *comparison.against_baseline)
