@@ -102,6 +102,7 @@ def _compare(options: argparse.Namespace) -> int:
     from mda_lightning.recipes.display import StudyDisplay
     from mda_lightning.recipes.studies.compare import describe, run_compare
     from mda_lightning.recipes.studies.quickstart import wandb_mode
+    from mda_lightning.recipes.summary import summary_lines
 
     recipe, folder = _chosen(options)
     if options.dry_run:
@@ -123,8 +124,9 @@ def _compare(options: argparse.Namespace) -> int:
             wandb=wandb_mode() if options.wandb == "auto" else options.wandb,
             watch=display.watch,
             preparing=display.preparing,
+            say=display.say,
         )
-    for line in result.comparison.lines():
+    for line in summary_lines(folder, result.comparison):
         console.print(line, highlight=False, markup=False)
     console.print(f"\nreport: {result.report}\nin {result.seconds:.0f} s", highlight=False)
     return EXIT_OK

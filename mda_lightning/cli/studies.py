@@ -91,10 +91,11 @@ def _quickstart(options: argparse.Namespace) -> int:
             watch=display.watch,
             preparing=display.preparing,
         )
+    from mda_lightning.analysis.comparison import compare_study
     from mda_lightning.recipes.summary import summary_lines
 
-    for line in summary_lines(folder):
-        console.print(line, highlight=False)
+    for line in summary_lines(folder, compare_study(folder)):
+        console.print(line, highlight=False, markup=False)
     console.print(f"\nreport: {result.report}\nin {result.seconds:.0f} s", highlight=False)
     return EXIT_OK
 

@@ -107,6 +107,10 @@ class StudyDisplay:
             remark = f", {remark}" if remark else ""
             self._line(f"{label}: {done / total:.0%}, at most {left:.0f} s left{remark}")
 
+    def say(self, text: str) -> None:
+        """Show a line, whatever bars there are."""
+        self._line(text)
+
     def _line(self, text: str) -> None:
         if not self._quiet:
             self._console.print(text, highlight=False)

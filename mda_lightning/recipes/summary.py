@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mda_lightning.analysis.study import SeedRun, load_study
-from mda_lightning.analysis.verdicts import comparisons
+from mda_lightning.analysis.comparison import StudyComparison
+from mda_lightning.analysis.study import BASELINE, SeedRun, load_study
 
 
-def summary_lines(folder: Path) -> list[str]:
-    """One line per seed, then one sentence per arm against its control."""
-    study = load_study(folder)
-    lines = [_seed_line(seed) for seed in study.seeds]
-    treated, _ = comparisons(study)
-    return [*lines, *(comparison.effect.verdict for comparison in treated)]
+def summary_lines(folder: Path, comparison: StudyComparison) -> list[str]:
+    """One line per seed, then the table and what can be said."""
+    seeds = [_seed_line(seed) for seed in load_study(folder).seeds]
+    return [*seeds, "", *comparison.lines()]
 
 
 def _seed_line(seed: SeedRun) -> str:
     if seed.without_window:
         return f"seed {seed.seed}: {seed.message}"
-    arms = ", ".join(f"{arm.name} {arm.value:.3f}" for arm in seed.arms.values() if arm.value)
-    return (
-        f"seed {seed.seed}: {seed.target} formed in steps {seed.window.start}-{seed.window.end}; "
-        f"score at the window's end: {arms}"
-    )
+    text = f"seed {seed.seed}: {seed.target} formed in steps {seed.window.start}-{seed.window.end}"
+    baseline = seed.arms.get(BASELINE)
+    if baseline is None or baseline.value is None:
+        return text
+    return f"{text} and reached {baseline.value:.3f} untouched"

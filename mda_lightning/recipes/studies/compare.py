@@ -45,6 +45,7 @@ def run_compare(
     wandb: str = "off",
     watch: Watch | None = None,
     preparing: Callable[[str, float], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> CompareResult:
     """Run what a recipe's study still lacks, and compare its arms with their controls.
 
@@ -57,6 +58,7 @@ def run_compare(
         wandb: "online", "offline" or "off".
         watch: told how each run is doing.
         preparing: told how the corpus is doing, as (what, share done).
+        say: told what is done at the end.
 
     Raises:
         StudyFolderError: the folder holds another study.
@@ -77,6 +79,8 @@ def run_compare(
         shared=shared,
         watch=watch,
     ).run()
+    if say is not None:
+        say("all runs are there; drawing figures and writing the report, for some seconds")
     report = build_report(folder)
     return CompareResult(write_comparison(folder), study, report, time.monotonic() - started)
 
