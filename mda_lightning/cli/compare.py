@@ -100,7 +100,7 @@ def _compare(options: argparse.Namespace) -> int:
         return EXIT_OK
 
     from mda_lightning.recipes.display import StudyDisplay
-    from mda_lightning.recipes.studies.compare import describe, run_compare
+    from mda_lightning.recipes.studies.compare import describe, n_jobs, run_compare
     from mda_lightning.recipes.studies.quickstart import wandb_mode
     from mda_lightning.recipes.summary import summary_lines
 
@@ -115,6 +115,7 @@ def _compare(options: argparse.Namespace) -> int:
         if not options.quiet:
             for remark in recipe.remarks:
                 console.print(f"note: {remark}", highlight=False, markup=False)
+        display.expect(n_jobs(recipe))
         result = run_compare(
             recipe,
             folder,

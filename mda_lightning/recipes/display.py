@@ -47,6 +47,9 @@ class StudyDisplay:
             disable=quiet or not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._expected, self._kept, self._finished = 0, 0, 0
+        self._began = time.monotonic()
+        self._all: TaskID | None = None
         self._started: dict[str, float] = {}
         self._printed: dict[str, float] = {}
 
@@ -66,12 +69,22 @@ class StudyDisplay:
         """Show the corpus being built: ``share`` from 0 to 1."""
         self._update("corpus", f"corpus: {what}", share, 1.0, "", ended=share >= 1)
 
+    def expect(self, n_jobs: int) -> None:
+        """Show a bar for all jobs together, of which there will be about so many."""
+        self._expected, self._began = n_jobs, time.monotonic()
+        if self._console.is_terminal and not self._quiet:
+            self._all = self._bars.add_task("all runs", total=n_jobs, remark="")
+
     def watch(self, job: Job, progress: JobProgress | None, state: str) -> None:
         """Show a job; see :data:`mda_lightning.recipes.studies.jobs.Watch`."""
         if state == "kept":
+            self._kept += 1
             self._line(f"{job.title}: kept from before")
+            self._count()
         elif state == "finished":
+            self._finished += 1
             self._update(job.title, job.title, 1, 1, "", ended=True)
+            self._count()
         elif progress is not None:
             label = job.title
             if progress.phase != "training":
@@ -83,6 +96,20 @@ class StudyDisplay:
             )
         else:
             self._update(job.title, f"{job.title}: starting", 0, 1, "", ended=False)
+
+    def _count(self) -> None:
+        """How many of all jobs have ended, and how long the others take at this rate."""
+        done = self._kept + self._finished
+        if not self._expected or done > self._expected:
+            return
+        remark = ""
+        if self._finished:
+            each = (time.monotonic() - self._began) / self._finished
+            remark = f"about {each * (self._expected - done) / 60:.0f} min left"
+        if self._all is not None:
+            self._bars.update(self._all, completed=done, remark=remark)
+        elif remark:
+            self._line(f"{done} of about {self._expected} runs, {remark}")
 
     def _update(
         self, key: str, label: str, done: float, total: float, remark: str, *, ended: bool

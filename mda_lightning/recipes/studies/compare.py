@@ -105,6 +105,14 @@ def recipe_of(folder: Path) -> Recipe:
     return Recipe(stored["title"], seeds, settings, path, "", remarks_on(settings, seeds))
 
 
+def n_jobs(recipe: Recipe) -> int:
+    """How many processes a study takes, if every seed has a window."""
+    settings = recipe.settings
+    ranked = settings.window.is_fixed or names_needed(settings) != ("influence",)
+    each = 1 + int(ranked) + len(settings.arms) + int(settings.subsets.count > 0)
+    return len(recipe.seeds) * each
+
+
 def describe(recipe: Recipe) -> Iterator[str]:
     """What a recipe would run, in lines."""
     settings = recipe.settings
