@@ -37,6 +37,16 @@ _PROGRESS_SECONDS = 0.5
 _RESUME = "resume"
 
 
+def stop_if_alone(parent: int) -> None:
+    """End this process where the one that waits for it is gone.
+
+    Raises:
+        SystemExit: it is.
+    """
+    if os.getppid() != parent:
+        raise SystemExit("the process that waits for this one is gone")
+
+
 class ProgressFile(pl.Callback):
     """Write ``progress.json`` for the process that waits for this one, a few times a second."""
 
@@ -53,8 +63,7 @@ class ProgressFile(pl.Callback):
         if now < self._due:
             return
         self._due = now + _PROGRESS_SECONDS
-        if os.getppid() != self._parent:
-            raise SystemExit("the process that waits for this one is gone")
+        stop_if_alone(self._parent)
         best = trainer.callback_metrics.get(f"{self._metric}/max")
         remark = "" if best is None or math.isnan(float(best)) else f"highest {float(best):.2f}"
         write_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from mda_lightning.recipes.studies.arms import steps_of
 from mda_lightning.recipes.studies.building import (
     build_module,
     corpora_of,
+    stop_if_alone,
     study_mechanism,
     study_order,
 )
@@ -111,9 +113,16 @@ def rank_samples(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     wanted = {name: resolved(settings, name) for name in names_needed(settings)}
     tables: dict[str, Path] = {}
     made: dict[RankingSettings, Path] = {}
-    own = spec.get("scores")
-    if own is not None and intervals == [window] and settings.scoring.units == "all":
-        made[resolved(settings, "influence")] = Path(own)
+    if (own := spec.get("scores")) is not None:
+        heads = len(describe(build_module(settings, rows, seed).model).heads)
+        if intervals == [window] and len(ScoreTable.open(own).units) == heads:
+            made[resolved(settings, "influence")] = Path(own)
+        elif settings.scoring.estimator == "in_run":
+            raise ValueError(
+                f"arms choose samples of steps {intervals[0][0]} to {intervals[-1][1]}, and in-run "
+                f"scores are of those of the window {window[0]} to {window[1]} alone; use "
+                "scoring.estimator: replay"
+            )
     kinds = list(dict.fromkeys(one for one in wanted.values() if one.method == "influence"))
     for number, kind in enumerate(kinds):
         if kind not in made:
@@ -167,9 +176,10 @@ def _score(
     }
     mechanism = study_mechanism(settings, rows, probe_function=kind.probe_function)
     units = describe(module.model).heads
-    work = place.with_name(f".{place.name}.scoring")
+    work, parent = place.with_name(f".{place.name}.scoring"), os.getppid()
 
     def tell(phase: str, done: int, total: int) -> None:
+        stop_if_alone(parent)
         write_json(
             place.parent / "progress.json",
             {
@@ -250,4 +260,5 @@ def rankings_hash(settings: StudySettings) -> str:
     """Of all that decides the rankings beside the base run."""
     wanted = {name: resolved(settings, name) for name in names_needed(settings)}
     arms = sorted({(str(arm.from_steps), str(arm.steps)) for arm in settings.arms.values()})
-    return sha256_of(repr((wanted, arms)))
+    subsets = settings.subsets.steps if settings.subsets.count else 0
+    return sha256_of(repr((wanted, arms, subsets)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mda_lightning.recipes.studies.building import (
     build_module,
     build_trainer,
     corpora_of,
+    stop_if_alone,
     study_mechanism,
     study_order,
 )
@@ -62,7 +64,9 @@ def train_on_subsets(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     before = found.get("before") if mu else None
     if before is None:
         before = _trained(settings, spec, checkpoint, ids, everything, (first, first))
+    parent = os.getppid()
     while len(mu) < what.count:
+        stop_if_alone(parent)
         kept = kept_of(len(mu), len(ids), keep=what.keep, seed=seed)
         mu.append(_trained(settings, spec, checkpoint, ids, kept, steps))
         write_json(folder / _SO_FAR, {"key": key, "mu": mu, "before": before})
