@@ -226,6 +226,97 @@ def test_finished_runs_are_kept_and_arms_can_be_added(
         _study(study, corpus, settings=other).run()
 
 
+def test_what_another_recipe_made_is_not_pooled_with_what_this_one_makes(
+    corpus: StudyCorpus, tmp_path: Path, monkeypatch
+) -> None:
+    """Seeds and arms of a former version of the recipe leave the study as soon as it changes."""
+    monkeypatch.setattr(study_module, "run_jobs", run_here)
+    arms = {"a": ArmSettings(), "b": ArmSettings(control_of="a"), "c": ArmSettings(by="loss")}
+    former = replace(TINY, arms=arms, subsets=replace(TINY.subsets, count=0))
+    _study(tmp_path / "s", corpus, settings=former, seeds=(3, 4)).run()
+    changed = replace(former, arms=arms | {"a": ArmSettings(fraction=0.4)})
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_module, "run_jobs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _study(tmp_path / "s", corpus, settings=changed, seeds=(3,)).run()
+    stored = json.loads((tmp_path / "s" / "study.json").read_text())
+    for seed in stored["seeds"]:
+        assert set(seed["arms"]) == {"baseline", "c"} and seed["status"] == "running"
+    monkeypatch.setattr(study_module, "run_jobs", run_here)
+    _study(tmp_path / "s", corpus, settings=changed, seeds=(3,)).run()
+    first, second = json.loads((tmp_path / "s" / "study.json").read_text())["seeds"]
+    assert set(first["arms"]) == {"baseline", "a", "b", "c"} and first["status"] == "complete"
+    assert set(second["arms"]) == {"baseline", "c"}
+    inside = len(np.unique(_in_window(corpus)))
+    assert first["treated"] == {
+        "a": round(0.4 * inside),
+        "b": round(0.4 * inside),
+        "c": round(0.1 * inside),
+    }
+
+
+def test_a_masks_samples_stand_in_its_own_steps(corpus: StudyCorpus, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(study_module, "run_jobs", run_here)
+    arms = {"late": ArmSettings(steps=("50%", "100%")), "random": ArmSettings(control_of="late")}
+    settings = replace(TINY, arms=arms, subsets=replace(TINY.subsets, count=0))
+    _study(tmp_path / "s", corpus, settings=settings).run()
+    late = set(_in_window(corpus, (30, 40)))
+    for name in arms:
+        (operation,) = Plan.load(tmp_path / "s" / "seed-3" / "plans" / f"{name}.json").operations
+        assert operation.steps == (30, 40) and set(operation.sample_ids) <= late
+        assert len(operation.sample_ids) == round(0.1 * len(late))
+
+
+def test_two_draws_of_a_control_take_the_same_places(
+    study: Path, corpus: StudyCorpus, tmp_path: Path
+) -> None:
+    from mda_lightning.recipes.studies.arms import SeedFacts, plans_of
+
+    seed, order = _seed(study), study_order(TINY, corpus.rows, 3)
+    arms = {
+        "top": ArmSettings(do="insert"),
+        "first": ArmSettings(control_of="top"),
+        "other": ArmSettings(control_of="top", draw=1),
+    }
+    facts = SeedFacts(
+        seed=3,
+        window=WINDOW,
+        units=seed["units"],
+        corpus_hash=corpus.rows.content_hash,
+        order=order,
+        rankings=Rankings.open(study / seed["rankings"]),
+    )
+    plans = plans_of(replace(TINY, arms=arms), facts)
+    places = []
+    for plan in plans.values():
+        batches = [Schedule(order, plan).batch(step) for step in range(*WINDOW)]
+        places.append([(b.provenance != BASE).tolist() for b in batches])
+    assert places[0] == places[1] == places[2]
+    ids = [set(plan.operations[0].sample_ids.tolist()) for plan in plans.values()]
+    assert not ids[0] & ids[1] and not ids[0] & ids[2] and ids[1] != ids[2]
+
+
+def test_controls_of_steered_arms_choose_where_the_steering_chose(corpus: StudyCorpus) -> None:
+    from mda_lightning.recipes.studies.arms import SeedFacts, steered_control
+
+    order = study_order(TINY, corpus.rows, 3)
+    recent = np.unique(_in_window(corpus, (10, 30)))
+    decided = Plan.mask(order.ids(31)[:2], steps=(31, 32)) | Plan.insert(
+        recent[:5], steps=(30, 40), placement="shift"
+    )
+    facts = SeedFacts(3, WINDOW, {}, corpus.rows.content_hash, order, None)
+    arm = ArmSettings(do="steer", policy="amplify", refresh_every=10)
+    mask, insert = steered_control(decided, arm, 0, facts).operations
+    assert set(mask.sample_ids) <= set(order.ids(31)[2:].tolist()) and len(mask.sample_ids) == 2
+    assert set(insert.sample_ids) <= set(recent[5:].tolist()) and len(insert.sample_ids) == 5
+    assert (insert.steps, insert.mode) == ((30, 40), "dispersed")
+    again = steered_control(decided, arm, 1, facts).operations[1]
+    assert set(again.sample_ids) != set(insert.sample_ids)
+
+
 def test_studies_share_runs_in_a_common_folder(
     corpus: StudyCorpus, tmp_path: Path, monkeypatch
 ) -> None:

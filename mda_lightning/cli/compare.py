@@ -100,7 +100,7 @@ def _compare(options: argparse.Namespace) -> int:
         return EXIT_OK
 
     from mda_lightning.recipes.display import StudyDisplay
-    from mda_lightning.recipes.studies.compare import describe, n_jobs, run_compare
+    from mda_lightning.recipes.studies.compare import describe, n_jobs, run_compare, shared_of
     from mda_lightning.recipes.studies.quickstart import wandb_mode
     from mda_lightning.recipes.summary import summary_lines
 
@@ -120,7 +120,7 @@ def _compare(options: argparse.Namespace) -> int:
             recipe,
             folder,
             corpora=options.corpora,
-            shared=options.share,
+            shared=shared_of(folder) if Path(options.recipe).is_dir() else options.share,
             max_parallel=options.jobs,
             wandb=wandb_mode() if options.wandb == "auto" else options.wandb,
             watch=display.watch,
@@ -158,9 +158,9 @@ def _chosen(options: argparse.Namespace) -> tuple[Recipe, Path]:
     if not given.is_dir():
         recipe = read_recipe(options.recipe, overrides)
         return recipe, options.output or Path("runs") / recipe.path.stem
-    if overrides or options.output or options.fresh:
+    if overrides or options.output or options.fresh or options.share:
         raise ValueError(
-            f"{given} is a study, which goes on as it is: --set, --seeds, --output and --fresh go "
-            "with a recipe"
+            f"{given} is a study, which goes on as it is: --set, --seeds, --output, --share and "
+            "--fresh go with a recipe"
         )
     return recipe_of(given), given

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mda_lightning.base_order import BaseOrder
 from mda_lightning.corpora import TokenRows
 from mda_lightning.corpora.inserted import inserted_from_generator
-from mda_lightning.interventions import Plan, Source
+from mda_lightning.interventions import Insert, Mask, Operation, Plan, Prune, Source
 from mda_lightning.interventions.selection import samples_of
 from mda_lightning.recipes.studies.settings import ArmSettings, Position, StudySettings
 from mda_lightning.store.ranking import extreme
@@ -26,6 +26,8 @@ Steps = tuple[int, int]
 _DRAWS = {"mask": 1_000_003, "insert": 2_000_003}
 _OTHER_DRAW = 3_000_017
 _NEXT_DRAW = 7_919
+RECENT = 2
+"""Of `amplify`: samples of so many intervals between refreshes are shown again."""
 METHODS = {
     "ekfac": "EK-FAC influence",
     "kfac": "K-FAC influence",
@@ -143,6 +145,36 @@ def control_plan(plan: Plan, arm: ArmSettings, draw: int, facts: SeedFacts) -> P
     return plan.random_control(pool, seed=seed)
 
 
+def steered_control(plan: Plan, arm: ArmSettings, draw: int, facts: SeedFacts) -> Plan:
+    """The matched random control of what a steered arm turned out to do.
+
+    Decision by decision: as many other samples of the same batches are masked, or of the same
+    recent steps are inserted in the same places.
+    """
+    rng = np.random.default_rng([facts.seed, _OTHER_DRAW, draw])
+    operations: list[Operation] = []
+    for operation in plan.operations:
+        assert isinstance(operation, Mask | Insert) and operation.steps is not None
+        start, end = operation.steps
+        if isinstance(operation, Insert):
+            start, end = max(0, start - RECENT * arm.refresh_every), start
+        pool = np.setdiff1d(samples_of(facts.order, (start, end)), operation.sample_ids)
+        count = len(operation.sample_ids)
+        if count > len(pool):
+            raise ValueError(
+                f"steering chose {count} of the {count + len(pool)} samples of steps {start} to "
+                f"{end}, which leaves too few for a random control; use a smaller fraction"
+            )
+        others = rng.choice(pool, size=count, replace=False)
+        operations.append(dataclasses.replace(operation, sample_ids=np.sort(others)))
+    return dataclasses.replace(
+        plan,
+        operations=tuple(operations),
+        source={"control_of": plan.content_hash, "draw": draw},
+        name=f"{plan.name}-random",
+    )
+
+
 def phrase_of(name: str, settings: StudySettings) -> str:
     """How a sentence calls an arm: "masking the top 10% by EK-FAC influence"."""
     arm = settings.arms[name]
@@ -207,7 +239,29 @@ def _treated(name: str, arm: ArmSettings, settings: StudySettings, facts: SeedFa
 
 def chosen_ids(arm: ArmSettings, settings: StudySettings, facts: SeedFacts) -> Ints:
     """The samples that an arm treats, best first."""
-    return _best(arm, settings, facts, steps_of(arm.from_steps, facts.window))
+    # What is masked stands in the steps of the mask.
+    positions = arm.steps if arm.do == "mask" else arm.from_steps
+    return _best(arm, settings, facts, steps_of(positions, facts.window))
+
+
+def n_treated(plan: Plan) -> int | None:
+    """How many samples a plan masks, inserts or replaces; None of a random pruning."""
+    if any(isinstance(operation, Prune) for operation in plan.operations):
+        return None
+    counts = [op.count if isinstance(op, Insert) else len(_named(op)) for op in plan.operations]
+    return sum(counts)
+
+
+def _named(operation: Operation) -> Ints:
+    found: Ints | None = getattr(operation, "sample_ids", None)
+    return np.empty(0, np.int64) if found is None else found
+
+
+def is_placed_among_others(name: str, settings: StudySettings) -> bool:
+    """Whether an arm's insertions take the places of base samples."""
+    arm = settings.arms[name]
+    placement = arm.placement or settings.intervention.placement
+    return arm.do == "insert" and placement == "replace"
 
 
 def _best(arm: ArmSettings, settings: StudySettings, facts: SeedFacts, steps: Steps) -> Ints:
@@ -254,13 +308,9 @@ def _groups(settings: StudySettings, plans: Mapping[str, Plan]) -> list[list[str
     """Insertions with ``replace`` that are compared with one another, control first."""
     groups: dict[str, list[str]] = {}
     for name in plans:
-        arm = settings.arms[name]
-        own = settings.arms[arm.control_of] if arm.control_of else arm
-        placement = own.placement or settings.intervention.placement
-        if own.do != "insert" or placement != "replace":
-            continue
-        control = name if arm.control_of else settings.control_of(name)
-        groups.setdefault(control or name, []).append(name)
+        owner = settings.arms[name].control_of or name
+        if is_placed_among_others(owner, settings):
+            groups.setdefault(settings.control_of(owner) or owner, []).append(name)
     return list(groups.values())
 
 

@@ -101,7 +101,8 @@ def recipe_of(folder: Path) -> Recipe:
             f"with {SCHEMA_VERSION}: run its recipe into another folder"
         )
     settings = StudySettings.from_dict(stored["config"])
-    seeds = tuple(int(seed["seed"]) for seed in stored["seeds"])
+    begun = {int(seed["seed"]) for seed in stored["seeds"]}
+    seeds = tuple(sorted(begun | set(stored["asked_seeds"])))
     return Recipe(stored["title"], seeds, settings, path, "", remarks_on(settings, seeds))
 
 
@@ -111,6 +112,12 @@ def n_jobs(recipe: Recipe) -> int:
     ranked = settings.window.is_fixed or names_needed(settings) != ("influence",)
     each = 1 + int(ranked) + len(settings.arms) + int(settings.subsets.count > 0)
     return len(recipe.seeds) * each
+
+
+def shared_of(folder: Path) -> Path | None:
+    """The folder in which a study's runs are, where it is not its own."""
+    shared = read_json(folder / FILE).get("shared")
+    return None if shared is None else folder / shared
 
 
 def describe(recipe: Recipe) -> Iterator[str]:

@@ -31,7 +31,7 @@ from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.schedule import Schedule
 from mda_lightning.shuffling import key_of, keyed_order
 from mda_lightning.store import ScoreTable
-from mda_lightning.store.rankings import write_rankings
+from mda_lightning.store.rankings import INDEX, write_rankings
 
 _ROWS_AT_ONCE = 4096
 
@@ -254,6 +254,21 @@ def _column(
         for first in range(0, len(ids), _ROWS_AT_ONCE)
     ]
     return np.concatenate(counts).astype(np.float64)
+
+
+def own_rankings(folder: Path, scores: Path, **provenance: Any) -> None:
+    """Rankings that need no job: a base run's own scores."""
+    if (folder / INDEX).is_file():
+        return
+    columns = ScoreTable.open(scores).columns("sample_id", "step")
+    write_rankings(
+        folder,
+        tables={"influence": scores},
+        sample_id=columns["sample_id"],
+        step=columns["step"],
+        columns={},
+        provenance=provenance,
+    )
 
 
 def rankings_hash(settings: StudySettings) -> str:

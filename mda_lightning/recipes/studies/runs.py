@@ -21,6 +21,7 @@ from mda_lightning.callbacks.steering import Amplify, Policy, Suppress
 from mda_lightning.corpora import TokenRows
 from mda_lightning.files import read_json
 from mda_lightning.interventions import Plan
+from mda_lightning.recipes.studies.arms import RECENT
 from mda_lightning.recipes.studies.building import (
     build_data,
     build_module,
@@ -234,7 +235,7 @@ def _steering(
     else:
         every = arm.refresh_every
         policy = Amplify(
-            share, recent_steps=2 * every, every_n_steps=every, over_steps=every, active=active
+            share, recent_steps=RECENT * every, every_n_steps=every, over_steps=every, active=active
         )
         own.append(
             InfluenceScoring(

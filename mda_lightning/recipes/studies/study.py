@@ -22,16 +22,23 @@ from mda_lightning.files import atomic_path, sha256_of
 from mda_lightning.interventions import Plan
 from mda_lightning.recipes.studies.arms import (
     SeedFacts,
-    control_plan,
     first_step,
     fraction_of,
     generated_rows,
+    n_treated,
     plans_of,
+    steered_control,
     steps_of,
 )
 from mda_lightning.recipes.studies.building import study_order
+from mda_lightning.recipes.studies.changes import files_key, is_complete, subsets_key
 from mda_lightning.recipes.studies.jobs import Job, Watch, run_jobs
-from mda_lightning.recipes.studies.rankings import intervals_of, names_needed, rankings_hash
+from mda_lightning.recipes.studies.rankings import (
+    intervals_of,
+    names_needed,
+    own_rankings,
+    rankings_hash,
+)
 from mda_lightning.recipes.studies.runs import base_end
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.recipes.studies.study_file import (
@@ -41,7 +48,7 @@ from mda_lightning.recipes.studies.study_file import (
     package_versions,
 )
 from mda_lightning.store import ScoreTable
-from mda_lightning.store.rankings import INDEX, Rankings, write_rankings
+from mda_lightning.store.rankings import Rankings
 
 __all__ = ["Study", "StudyFolderError"]
 
@@ -88,7 +95,7 @@ class Study:
         self._peaks: list[int] = []
         self._started = time.monotonic()
         self._reports: dict[int, dict[str, Any]] = {}
-        self._plans: dict[int, dict[str, Plan]] = {}
+        self._names: dict[Path, list[str]] = {}
         with self._alone():
             self._file = StudyFile.claim(self)
             self._seeds = self._file.seeds
@@ -127,6 +134,7 @@ class Study:
             "corpus_hash": self.rows.content_hash,
             "held_out_hash": None if held_out is None else held_out.content_hash,
             "versions": package_versions(),
+            **files_key(self.settings),
         }
 
     def _spec(self, seed: int, name: str, **more: Any) -> dict[str, Any]:
@@ -181,20 +189,15 @@ class Study:
         elif job.kind == "subsets":
             entry["subsets"] = self.relative(job.folder / "subsets.npz")
         else:
-            name = job.spec["arm"]
-            entry["arms"][name] = self.relative(job.folder)
-            if job.spec.get("steer"):
-                follow = self._steered_controls(seed, name, job.folder)
+            for name in self._names[job.folder]:
+                entry["arms"][name] = self.relative(job.folder)
+                if job.spec.get("steer"):
+                    follow += self._steered_controls(seed, name, job.folder)
         entry = self._seeds[seed]
-        if entry["status"] == "running" and self._is_complete(entry):
+        if entry["status"] == "running" and is_complete(entry, self.settings):
             entry["status"] = "complete"
         self._write()
         return follow
-
-    def _is_complete(self, entry: dict[str, Any]) -> bool:
-        wanted = {"baseline", *self.settings.arms}
-        has_subsets = not self.settings.subsets.count or entry.get("subsets") is not None
-        return wanted <= set(entry["arms"]) and has_subsets
 
     def _after_base(self, seed: int, job: Job, result: dict[str, Any]) -> list[Job]:
         report, former = result["window"], self._seeds.get(seed, {})
@@ -204,9 +207,7 @@ class Study:
             return []
         if former.get("window") == entry["window"]:
             # Finished parts stay in the study while they are looked up again.
-            kept = {"baseline", *self.settings.arms}
-            arms = {name: at for name, at in former.get("arms", {}).items() if name in kept}
-            entry["arms"] = arms | entry["arms"]
+            entry["arms"] = former["arms"] | entry["arms"]
             entry |= {name: former.get(name) for name in ("rankings", "subsets")}
         window = (int(report["window"]["start"]), int(report["window"]["end"]))
         branch = first_step(self.settings, window)
@@ -223,7 +224,10 @@ class Study:
                 f"the scores in {scored} are not complete, so no plan can be made of them: its "
                 "base run was interrupted; start over with --fresh"
             )
-        is_own = names_needed(self.settings) == ("influence",)
+        is_own = names_needed(self.settings) == ("influence",) and (
+            self.settings.scoring.units == "all"
+            or {arm.unit for arm in self.settings.arms.values()} <= {"target", report["target"]}
+        )
         middle = int(report["checkpoint_steps"].get("mid", window[0]))
         if scored and is_own and intervals_of(self.settings, window, middle) == [window]:
             return self._arm_jobs(seed, self._own_ranking(seed, scored))
@@ -244,16 +248,7 @@ class Study:
     def _own_ranking(self, seed: int, scores: Path) -> Path:
         """Rankings that need no job: the base run's own scores."""
         folder = self.runs_folder / f"seed-{seed}" / "rankings-own"
-        if not (folder / INDEX).is_file():
-            columns = ScoreTable.open(scores).columns("sample_id", "step")
-            write_rankings(
-                folder,
-                tables={"influence": scores},
-                sample_id=columns["sample_id"],
-                step=columns["step"],
-                columns={},
-                provenance={"seed": seed, "corpus_hash": self.rows.content_hash},
-            )
+        own_rankings(folder, scores, seed=seed, corpus_hash=self.rows.content_hash)
         self._seeds[seed]["rankings"] = self.relative(folder)
         return folder
 
@@ -300,11 +295,12 @@ class Study:
 
     def _arm_jobs(self, seed: int, rankings: Path) -> list[Job]:
         facts = self._facts(seed, rankings)
-        self._plans[seed] = plans_of(self.settings, facts)
+        plans = plans_of(self.settings, facts)
+        self._seeds[seed]["treated"] = {name: n_treated(plan) for name, plan in plans.items()}
         jobs = []
         for name, arm in self.settings.arms.items():
-            if name in self._plans[seed]:
-                jobs.append(self._plan_job(seed, name, self._plans[seed][name]))
+            if name in plans:
+                jobs.append(self._plan_job(seed, name, plans[name]))
             elif arm.control_of is None:
                 steps = steps_of(arm.steps, facts.window)
                 how = {
@@ -315,22 +311,22 @@ class Study:
                 about = {"steer": how, "unit": facts.unit(arm.unit)}
                 jobs.append(self._arm_job(seed, name, identity=about, **about))
         if self.settings.subsets.count:
-            identity = {"subsets": dataclasses.asdict(self.settings.subsets)}
-            del identity["subsets"]["rankings"]
+            identity = {"subsets": subsets_key(self.settings)}
             key = sha256_of(repr((identity, self._base_identity(seed))))
             jobs.append(
                 self._job(
                     "subsets",
                     seed,
                     "random subsets",
-                    place="subsets",
+                    place=f"subsets-{key[:8]}" if self.shared else "subsets",
                     identity=identity,
                     base=str(self._base_job(seed).folder),
                     window=self._reports[seed],
                     key=key,
                 )
             )
-        return jobs
+        # Two arms may turn out to be the same run.
+        return list({job.folder: job for job in reversed(jobs)}.values())[::-1]
 
     def _plan_job(self, seed: int, name: str, plan: Plan) -> Job:
         path = self.folder / f"seed-{seed}" / "plans" / f"{name}.json"
@@ -345,7 +341,7 @@ class Study:
         place = f"arms/{name}"
         if self.shared:
             place = f"arms/{sha256_of(repr(sorted(identity.items())))[:12]}"
-        return self._job(
+        job = self._job(
             "arm",
             seed,
             name,
@@ -356,6 +352,8 @@ class Study:
             end=end,
             **about,
         )
+        self._names.setdefault(job.folder, []).append(name)
+        return job
 
     def _steered_controls(self, seed: int, owner: str, folder: Path) -> list[Job]:
         """Random counterparts of what a steered arm turned out to do."""
@@ -364,7 +362,7 @@ class Study:
         jobs = []
         for name, arm in self.settings.arms.items():
             if arm.control_of == owner:
-                plan = control_plan(decided, self.settings.arms[owner], arm.draw, facts)
+                plan = steered_control(decided, self.settings.arms[owner], arm.draw, facts)
                 jobs.append(self._plan_job(seed, name, plan.bound(name=name)))
         return jobs
 

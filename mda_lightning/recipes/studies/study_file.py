@@ -18,6 +18,7 @@ from mda_lightning.corpora import TokenRows
 from mda_lightning.files import read_json, write_json
 from mda_lightning.mechanisms import mechanism
 from mda_lightning.recipes.studies.arms import phrase_of
+from mda_lightning.recipes.studies.changes import kept_entry
 from mda_lightning.recipes.studies.job import peak_memory_bytes
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.window import WindowRule
@@ -39,6 +40,8 @@ class Described(Protocol):
     held_out: Path | None
     title: str
     max_parallel: int
+    seeds: tuple[int, ...]
+    shared: Path | None
     timings: dict[str, float]
     rows: TokenRows
 
@@ -90,7 +93,9 @@ class StudyFile:
                     "give another folder, or start over with --fresh"
                 )
         study.timings = {k: v for k, v in former["timings"].items() if k != "total"}
-        seeds = {int(seed["seed"]): seed for seed in former["seeds"]}
+        seeds = {
+            int(seed["seed"]): kept_entry(seed, theirs, study.settings) for seed in former["seeds"]
+        }
         return cls(study, str(former["created"]), seeds)
 
     @staticmethod
@@ -127,6 +132,8 @@ class StudyFile:
                 "config": settings.to_dict(),
                 "provenance": _provenance() | {"corpus_hash": study.rows.content_hash},
                 "corpus": study.relative(study.corpus),
+                "asked_seeds": list(study.seeds),
+                "shared": None if study.shared is None else study.relative(study.shared),
                 "held_out": None if study.held_out is None else study.relative(study.held_out),
                 "metric": settings.mechanism,
                 "chance": of.chance,
