@@ -49,6 +49,7 @@ def write_made_study(
     measured_at: Sequence[int] = (190, 200),
     thresholds: Sequence[float] = (0.2, 0.3),
     no_window: Sequence[int] = (),
+    treated: Mapping[str, int | None] | None = None,
 ) -> Path:
     """A study of schema 2.
 
@@ -56,6 +57,7 @@ def write_made_study(
         arms: declared arms, without the baseline.
         runs: by seed and arm, ``{"heads": ..., "model": ...}`` as :func:`write_run` takes them; an
             arm that is absent has not finished. "baseline" is the base run.
+        treated: how many samples the arms treat, in every seed; left out, the study does not say.
     """
     seeds: list[dict[str, Any]] = []
     for seed, made in runs.items():
@@ -81,6 +83,7 @@ def write_made_study(
                 "scores": None,
                 "rankings": None,
                 "subsets": None,
+                **({} if treated is None else {"treated": dict(treated)}),
                 "arms": {
                     name: f"seed-{seed}/base" if name == "baseline" else f"seed-{seed}/arms/{name}"
                     for name in made

@@ -221,6 +221,88 @@ def test_names_say_nothing_about_controls(tmp_path: Path) -> None:
     assert (one.arm, one.other, one.against) == ("mask-random", "plain", "matched")
 
 
+SHARED = {
+    "mask-top": {**arm("mask", "mask-random", by="ekfac"), "phrase": "masking the top"},
+    "mask-loss": {**arm("mask", "mask-random", by="loss"), "phrase": "masking by loss"},
+    "mask-random": {
+        **arm("mask", control_of="mask-top"),
+        "phrase": "masking as many random samples",
+    },
+    "mask-kfac": {**arm("mask", "by-chance", by="kfac"), "phrase": "masking by K-FAC"},
+    "by-chance": {**arm("mask", by="random"), "phrase": "masking samples of a random order"},
+}
+SHARED_RUNS = {s: {name: run(0.4 + 0.01 * s) for name in ("baseline", *SHARED)} for s in range(5)}
+
+
+def test_only_an_arms_own_control_is_called_matched(tmp_path: Path) -> None:
+    comparison = compare_study(write_made_study(tmp_path, SHARED, SHARED_RUNS))
+    own, loss, kfac = (of(comparison, name) for name in ("mask-top", "mask-loss", "mask-kfac"))
+    assert (own.against, loss.against, kfac.against) == ("matched", "shared", "shared")
+    assert "and masking as many random samples: " in own.verdict and "shared" not in own.verdict
+    # Without counts nothing is said of them, and "as many" is left out.
+    assert "and masking random samples (drawn for mask-top): " in loss.verdict
+    assert "mask-random is a shared random control, drawn for mask-top" in loss.verdict
+    assert "by-chance is a random selection that was drawn for no arm" in kfac.verdict
+    assert "and masking samples of a random order: " in kfac.verdict
+    assert not any("treats" in text for text in comparison.verdicts)
+    lines = " ".join(" ".join(comparison.lines()).split())
+    for said in (
+        "mask-random: drawn for mask-top; a shared random control, not matched, of mask-loss.",
+        "by-chance: drawn for no arm; a shared random control, not matched, of mask-kfac.",
+    ):
+        assert said in lines
+    assert "Not as many samples" not in lines
+
+
+def test_numbers_of_treated_samples_are_named_where_they_differ(tmp_path: Path) -> None:
+    counts = {
+        "mask-top": 1600, "mask-loss": 700, "mask-random": 1600, "mask-kfac": 40, "by-chance": None
+    }  # fmt: skip
+    folder = write_made_study(tmp_path / "a", SHARED, SHARED_RUNS, treated=counts)
+    comparison = compare_study(folder)
+    own, loss, kfac = (of(comparison, name) for name in ("mask-top", "mask-loss", "mask-kfac"))
+    assert own.against == "matched" and own.treated == tuple((s, 1600, 1600) for s in range(5))
+    assert "mask-loss treats 700 samples, mask-random 1,600: that alone may be" in loss.verdict
+    assert "masking random samples (drawn for mask-top)" in loss.verdict
+    assert kfac.treated == () and "treats" not in kfac.verdict
+    said = "Not as many samples: mask-loss treats 700 samples, mask-random 1,600."
+    assert said in "\n".join(comparison.lines())
+    (group,) = [one for one in comparison.selections if one.control == "mask-random"]
+    assert "not of as many samples (seed 0: mask-top 1,600, mask-loss 700)" in group.verdict
+
+    equal = compare_study(
+        write_made_study(tmp_path / "b", SHARED, SHARED_RUNS, treated=counts | {"mask-loss": 1600})
+    )
+    verdict = of(equal, "mask-loss").verdict
+    assert of(equal, "mask-loss").against == "shared"
+    assert "masking as many random samples (drawn for mask-top)" in verdict
+    assert "treats 1" not in verdict
+    assert not any("not of as many" in one.verdict for one in equal.selections)
+
+    # A control that turned out to treat fewer than the arm it was drawn for is not matched.
+    fewer = compare_study(
+        write_made_study(tmp_path / "c", SHARED, SHARED_RUNS, treated=counts | {"mask-random": 9})
+    )
+    one = of(fewer, "mask-top")
+    assert one.against == "shared" and "mask-top treats 1,600 samples, mask-random 9" in one.verdict
+    assert "shared random control" not in one.verdict
+
+
+def test_companions_are_those_of_the_steps_where_the_arms_are_compared(tmp_path: Path) -> None:
+    """The window ends at 200 and the arms at 220, where in-context learning turns around."""
+    runs: dict[int, dict[str, Any]] = {}
+    for seed in range(5):
+        made = {"mask-top": run(0.3 + 0.01 * seed), "mask-random": run(0.4)}
+        made["mask-top"]["model"]["icl/gain@127"] = (COMPANIONS, [-1.0, -1.0, -1.0 - seed, 900.0])
+        runs[seed] = made
+    comparison = compare_study(write_made_study(tmp_path, ARMS, runs))
+    effect = of(comparison, "mask-top").quantities["icl_gain"].effect
+    assert effect is not None
+    assert effect.differences == pytest.approx([-1 - seed / 3 for seed in range(5)])
+    coupling = next(one for one in comparison.couplings if one.quantity.key == "icl_gain")
+    assert max(abs(y) for _, _, _, y in coupling.points) < 2
+
+
 SELECTIONS = {
     "mask-loss": arm("mask", "mask-random", by="loss"),
     "mask-other": arm("mask", "mask-random", by="ekfac", unit="second"),

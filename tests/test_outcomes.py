@@ -59,6 +59,13 @@ def test_crossings_of_known_curves() -> None:
     last = crossing_of(steps, [0.0, 0.0, 0.0, 0.0, 0.9], 0.25)
     assert last.step is None and last.looked_until == 140
     assert crossing_of([100], [0.9], 0.25).step is None
+    # An evaluation that is not a number was not made.
+    gap = crossing_of(steps, [0.0, 0.1, math.nan, 0.3, 0.4], 0.25)
+    assert gap.step == pytest.approx(110 + 20 * 0.15 / 0.2) and not gap.at_branch
+    first = crossing_of(steps, [math.nan, 0.1, 0.2, 0.3, math.nan], 0.15)
+    assert first.step == pytest.approx(115.0) and first.looked_until == 130
+    nothing = crossing_of(steps, [math.nan] * 5, 0.25)
+    assert nothing.step is None and not nothing.at_branch
     with pytest.raises(ValueError, match="without evaluations"):
         crossing_of([], [], 0.25)
 
@@ -124,8 +131,8 @@ def test_outcomes_are_read_off_the_run(tmp_path: Path) -> None:
     assert arm.crossings[0.3].step == pytest.approx(150.0)
     assert arm.crossings[5.0].step is None and arm.crossings[5.0].looked_until == 220
     assert arm.heads == {"L0H0": pytest.approx(0.39), "L0H1": 0.5}
-    # Within the arm: after the branch and up to its end, the last three.
-    assert arm.companion("icl_gain") == pytest.approx((1.0 + 2.0 + 6.0) / 3)
+    # After the branch and up to the window's end, where μ is compared; the arm goes on to 220.
+    assert arm.companion("icl_gain") == pytest.approx((8.0 + 1.0 + 2.0) / 3)
     assert arm.companion("ablation") == pytest.approx(2.0)
     assert arm.companion("previous_token") == pytest.approx(0.7)
     assert arm.companion("held_out_loss") is None and arm.companion("icl_olsson") is None
@@ -135,7 +142,7 @@ def test_companions_are_averaged_over_the_steps_that_both_have(tmp_path: Path) -
     steps = list(range(100, 221, 10))
     heads = {"induction": {"L0H0": (steps, [0.1] * len(steps))}}
     loss = {
-        "mask-top": ([120, 150, 180, 200, 220], [1.0, 2.0, 3.0, 4.0, 5.0]),
+        "mask-top": ([120, 150, 180, 200, 210], [1.0, 2.0, 3.0, 4.0, 5.0]),
         "mask-random": ([120, 150, 200, 210], [10.0, 20.0, 40.0, 70.0]),
         "baseline": ([], []),
     }
@@ -143,6 +150,7 @@ def test_companions_are_averaged_over_the_steps_that_both_have(tmp_path: Path) -
     outcomes = study_outcomes(load_study(write_made_study(tmp_path, MASK, {3: runs})))[3]
     pair = companion_pair(outcomes["mask-top"], outcomes["mask-random"], "held_out_loss")
     assert pair == (pytest.approx((1 + 2 + 4) / 3), pytest.approx((10 + 20 + 40) / 3))
+    assert list(outcomes["mask-top"].companions["held_out_loss"][0]) == [120, 150, 180, 200]
     assert companion_pair(outcomes["mask-top"], outcomes["baseline"], "held_out_loss") is None
     assert companions_together([], "held_out_loss") is None
 

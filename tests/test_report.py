@@ -14,10 +14,10 @@ import pytest
 from matplotlib import rcParams
 from synthetic_study import ARMS, SHIFTS, UNSAFE, write_corpus, write_scores, write_study
 
+from mda_lightning.analysis.comparison import compare_study
 from mda_lightning.analysis.influences import seed_influence
 from mda_lightning.analysis.report import build_report, flattened
 from mda_lightning.analysis.study import StudyError, load_study
-from mda_lightning.analysis.verdicts import comparisons
 from mda_lightning.store import ScoreTable, ScoreWriter
 
 
@@ -115,15 +115,16 @@ def test_figures_are_written_light_and_dark(two_seeds: tuple[Path, Page]) -> Non
 def test_report_says_what_the_arms_did(two_seeds: tuple[Path, Page]) -> None:
     folder, page = two_seeds
     study = load_study(folder)
-    main, controls = comparisons(study)
-    assert [(c.arm, c.control) for c in main] == [
-        ("mask-top", "mask-random"),
-        ("insert-top", "insert-random"),
+    compared = compare_study(study)
+    assert [(c.arm, c.other, c.against) for c in compared.arms] == [
+        ("mask-top", "mask-random", "matched"),
+        ("insert-top", "insert-random", "matched"),
     ]
-    assert {c.control for c in controls} == {"baseline"}
-    for one in (*main, *controls):
-        assert one.effect.verdict in page.text
-        assert one.effect.n == 2
+    controls = [c for c in compared.against_baseline if c.arm.endswith("random")]
+    assert len(controls) == 2
+    for one in (*compared.arms, *controls):
+        assert one.final.effect is not None and one.final.effect.n == 2
+        assert one.final.effect.verdict in page.text
     for seed in study.seeds:
         for arm in ARMS:
             value = seed.arms[arm].value
@@ -190,8 +191,7 @@ def test_five_seeds_with_one_lost_and_arms_missing(tmp_path: Path) -> None:
     assert "Seed 3: arm mask-top could not be read" in page.text
     assert "Seed 4: the score table is absent" in page.text
     assert str(folder) not in page.text
-    main, _ = comparisons(load_study(folder))
-    assert [c.effect.n for c in main] == [3, 3]
+    assert [len(one.final.seeds) for one in compare_study(folder).arms] == [3, 3]
     assert "count in no comparison" in page.text
     assert (folder / "figures" / "comparison.png").is_file()
     assert "1 sample without a finite score left out" in page.text

@@ -8,15 +8,16 @@ Student's t over seeds, 95%, of one comparison by itself; see
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mda_lightning.analysis.comparison_controls import control_phrase, held_against
 from mda_lightning.analysis.comparison_coupling import couplings
 from mda_lightning.analysis.comparison_files import write_files
 from mda_lightning.analysis.comparison_heads import head_effects
 from mda_lightning.analysis.comparison_selections import selection_groups
 from mda_lightning.analysis.comparison_tables import console_lines
 from mda_lightning.analysis.comparison_values import (
-    Against,
     ArmComparison,
     ComparisonValues,
     PairedCrossing,
@@ -125,20 +126,17 @@ def _compare(
         for seed in study.seeds
         if {arm, other} <= set(outcomes.get(seed.seed, {}))
     ]
-    names = (study.declared[arm].phrase, study.declared[other].phrase)
+    against, treated = held_against(study, [seed for seed, _, _ in both], arm, other)
+    names = (study.declared[arm].phrase, control_phrase(study, against, treated, other))
     quantities = {}
     for quantity in known:
         pairs = [_pair(quantity.key, seed, a, b) for seed, a, b in both]
         late = _late(both, pairs) if quantity.key == "final" else None
         quantities[quantity.key] = paired(quantity, pairs, names, late)
-    against: Against = "baseline"
-    if other != BASELINE:
-        against = "matched" if study.declared[other].is_random else "declared"
     comparison = ArmComparison(
-        arm, other, against, quantities, _crossings(study, both, names), verdict=""
+        arm, other, against, quantities, _crossings(study, both, names), "", treated
     )
-    verdict = arm_verdict(study, comparison)
-    return ArmComparison(arm, other, against, quantities, comparison.crossings, verdict)
+    return replace(comparison, verdict=arm_verdict(study, comparison))
 
 
 def _pair(

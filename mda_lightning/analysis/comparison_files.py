@@ -113,6 +113,9 @@ def _arm(one: ArmComparison) -> dict[str, Any]:
         "arm": one.arm,
         "other": one.other,
         "against": one.against,
+        "treated": [
+            {"seed": seed, "arm": mine, "other": theirs} for seed, mine, theirs in one.treated
+        ],
         "quantities": _paired_by(one.quantities),
         "crossings": [_crossing(crossing) for crossing in one.crossings],
         "verdict": one.verdict,

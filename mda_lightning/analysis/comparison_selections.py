@@ -92,7 +92,18 @@ def _group(
         )
     )
     verdict = selection_verdict(study, do, control, reference, ranked, pairs, sign)
+    verdict += _unequal_counts(study, names)
     return SelectionGroup(do, control, reference, ranked, pairs, verdict)
+
+
+def _unequal_counts(study: Study, names: Sequence[str]) -> str:
+    """A sentence where the selections are not of as many samples; empty where that is unknown."""
+    for seed in study.seeds:
+        counts = {name: seed.treated[name] for name in names if name in seed.treated}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            return f" They are not of as many samples (seed {seed.seed}: {told})."
+    return ""
 
 
 def _is_reference(arm: DeclaredArm) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
+from mda_lightning.analysis.comparison_controls import control_footnotes
 from mda_lightning.analysis.comparison_values import (
     ArmComparison,
     ComparisonValues,
@@ -116,7 +117,7 @@ def legend_lines(comparison: ComparisonValues) -> list[str]:
         about.append("ablation: nats that the copied token loses without the head")
     if about:
         lines.append(f"{'; '.join(about)}.")
-    return lines
+    return lines + control_footnotes(comparison.study, comparison.arms)
 
 
 def console_lines(comparison: ComparisonValues) -> list[str]:

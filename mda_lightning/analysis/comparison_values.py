@@ -18,9 +18,13 @@ from mda_lightning.analysis.effects import (
 from mda_lightning.analysis.outcomes import ArmOutcome
 from mda_lightning.analysis.study import Study
 
-Against = Literal["matched", "declared", "baseline"]
-"""What an arm is held against: its matched random control, another arm that it is declared against,
-or the untouched run."""
+Against = Literal["matched", "shared", "declared", "baseline"]
+"""What an arm is held against: the random control that was drawn for it, as many samples; a random
+control that was not (that of another arm, which several share); another arm that it is declared
+against; or the untouched run."""
+
+Treated = tuple[int, int, int]
+"""(seed, samples that the arm treats, samples that the other treats)."""
 
 FEW_SEEDS = 5
 """Below this many an interval is given, and said to rest on few."""
@@ -91,6 +95,7 @@ class ArmComparison:
     Attributes:
         quantities: by :attr:`Quantity.key`; "final" and "area" are always there.
         verdict: plain sentences.
+        treated: how many samples the two treat, of the seeds where the study says it.
     """
 
     arm: str
@@ -99,6 +104,7 @@ class ArmComparison:
     quantities: Mapping[str, PairedQuantity]
     crossings: tuple[PairedCrossing, ...]
     verdict: str
+    treated: tuple[Treated, ...] = ()
 
     @property
     def final(self) -> PairedQuantity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mda_lightning.analysis.comparison_controls import control_limits, control_phrase
 from mda_lightning.analysis.comparison_values import (
     FEW_SEEDS,
     ArmComparison,
@@ -74,12 +75,18 @@ def amount(paired: PairedQuantity) -> str:
 
 def arm_verdict(study: Study, one: ArmComparison) -> str:
     """What an arm did, against what it is held against, in plain sentences."""
-    mine, other = study.declared[one.arm].phrase, study.declared[one.other].phrase
+    mine = study.declared[one.arm].phrase
+    other = control_phrase(study, one.against, one.treated, one.other)
     effect = one.final.effect
     if effect is None:
         known = f"no seed has a value for it and for {other}"
         return f"{_capital(mine)}: nothing can be said yet; {known}."
-    parts = [effect.verdict, _crossing(one.crossing()), *_companions(one), *_limits(one, effect)]
+    parts = [
+        effect.verdict,
+        _crossing(one.crossing()),
+        *_companions(one),
+        *_limits(study, one, effect),
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -142,20 +149,13 @@ def _companions(one: ArmComparison) -> list[str]:
     return sentences
 
 
-def _limits(one: ArmComparison, effect: Effect) -> list[str]:
+def _limits(study: Study, one: ArmComparison, effect: Effect) -> list[str]:
     limits = []
     if 1 < effect.n < FEW_SEEDS:
         limits.append(
             f"Only {effect.n} seeds: the interval rests on differences being normally distributed."
         )
-    if one.against == "baseline":
-        limits.append(
-            "The untouched run is no matched control: how many samples were touched, rather than "
-            "which, may be the reason."
-        )
-    elif one.against == "declared":
-        limits.append(f"{_capital(one.other)} is no random control, but an arm of its own.")
-    return limits
+    return limits + control_limits(study, one)
 
 
 def selection_verdict(

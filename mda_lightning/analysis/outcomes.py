@@ -64,7 +64,8 @@ class ArmOutcome:
         curve: (steps, μ) from the branch to the arms' last step.
         crossings: by threshold.
         heads: the metric of every head, averaged over ``measured_at``.
-        companions: name to (steps, values) after the branch; the names are those of
+        companions: name to (steps, values) after the branch, up to the end of the window, where μ
+            is compared, however long the arms go on; the names are those of
             :data:`WHOLE_MODEL`, ``ablation`` (drop of the copied token's log-probability, in nats,
             without the target head) and the target's other attention score.
     """
@@ -87,7 +88,8 @@ def crossing_of(steps: ArrayLike, values: ArrayLike, threshold: float) -> Crossi
     """The first evaluation from which μ stays at or above the threshold for two evaluations.
 
     The step is interpolated linearly between that evaluation and the one before. A curve that is
-    above at its first two evaluations crosses at its first step.
+    above at its first two evaluations crosses at its first step. Evaluations that are not finite
+    are left out, as if they had not been made.
 
     Args:
         steps: ascending, [S], from the branch on.
@@ -100,6 +102,10 @@ def crossing_of(steps: ArrayLike, values: ArrayLike, threshold: float) -> Crossi
     mu = np.asarray(values, dtype=np.float64)
     if at.size == 0:
         raise ValueError("a curve without evaluations crosses nothing; leave it out")
+    known = np.isfinite(mu)
+    if not known.any():
+        return Crossing(threshold, None, int(at[0]))
+    at, mu = at[known], mu[known]
     above = mu >= threshold
     stays = above[:-1] & above[1:]
     until = int(at[-1])
@@ -200,7 +206,7 @@ def _outcome(study: Study, seed: SeedRun, name: str) -> ArmOutcome | None:
     companions = {
         key: after
         for key, known in _companion_curves(frame, study.metric, target).items()
-        if (after := _after(known, branch, seed.end)) is not None
+        if (after := _after(known, branch, _judged_until(seed))) is not None
     }
     return ArmOutcome(
         seed=seed.seed,
@@ -211,6 +217,12 @@ def _outcome(study: Study, seed: SeedRun, name: str) -> ArmOutcome | None:
         heads=_final_heads(seed, name),
         companions=companions,
     )
+
+
+def _judged_until(seed: SeedRun) -> int | None:
+    """The last step whose numbers count in the comparison; with a margin, arms go on after it."""
+    known = (seed.window.end, *seed.measured_at)
+    return max((step for step in known if step is not None), default=seed.end)
 
 
 def branch_of(seed: SeedRun) -> int | None:

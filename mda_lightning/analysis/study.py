@@ -78,7 +78,7 @@ class DeclaredArm:
 
     @property
     def is_random(self) -> bool:
-        """Whether chance chose its samples, so that it can serve as a control."""
+        """Whether chance chose its samples, so that it can serve as a control of some arm."""
         return self.control_of is not None or self.by == RANDOM
 
     @property
@@ -114,6 +114,7 @@ class SeedRun:
         end: last step of the arms.
         rankings: folder of the rankings of the window's samples.
         subsets: file of what random subsets gave.
+        treated: how many samples each arm treats, of those where that is known.
     """
 
     seed: int
@@ -131,6 +132,7 @@ class SeedRun:
     end: int | None = None
     rankings: Path | None = None
     subsets: Path | None = None
+    treated: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def without_window(self) -> bool:
@@ -318,6 +320,11 @@ def _seed(
         end=_whole(entry.get("end")),
         rankings=_inside(root, entry.get("rankings")),
         subsets=_inside(root, entry.get("subsets")),
+        treated={
+            str(arm): int(count)
+            for arm, count in (entry.get("treated") or {}).items()
+            if count is not None
+        },
     )
 
 

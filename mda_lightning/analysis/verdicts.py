@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from mda_lightning.analysis.comparison import StudyComparison, compare_study
-from mda_lightning.analysis.comparison_values import ArmComparison
+from mda_lightning.analysis.comparison import StudyComparison
 from mda_lightning.analysis.comparison_words import metric_name
-from mda_lightning.analysis.effects import Effect
 from mda_lightning.analysis.influences import SeedInfluence
 from mda_lightning.analysis.study import BASELINE, Study
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An arm against another where some seed has both."""
-
-    arm: str
-    control: str
-    effect: Effect
-
-
-def comparisons(study: Study) -> tuple[list[Comparison], list[Comparison]]:
-    """(treated against control, control against baseline), over the seeds that have both."""
-    compared = compare_study(study)
-    main = [one for one in compared.arms if one.against != "baseline"]
-    controls = [one for one in compared.against_baseline if not study.declared[one.arm].is_treated]
-    return _with_effect(main), _with_effect(controls)
-
-
-def _with_effect(compared: Iterable[ArmComparison]) -> list[Comparison]:
-    return [
-        Comparison(one.arm, one.other, one.final.effect)
-        for one in compared
-        if one.final.effect is not None
-    ]
 
 
 def span_of(values: Sequence[float], *, digits: int = 0) -> str:
@@ -102,8 +74,8 @@ def doubts(
 ) -> list[str]:
     """What a careful reader should hold against this study, in its own numbers."""
     found: list[str] = []
-    main = _with_effect(compared.arms)
-    fewest = min((c.effect.n for c in main), default=0)
+    main = [one.final.effect for one in compared.arms if one.final.effect is not None]
+    fewest = min((effect.n for effect in main), default=0)
     if main and fewest == 1:
         found.append(
             "One seed: the differences have no interval. Another seed may turn them around; run "
