@@ -80,7 +80,9 @@ def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="auto: online with a W&B key, offline without (default: off)",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="remove an earlier study in the folder first"
+        "--fresh",
+        action="store_true",
+        help="remove an earlier study in the folder first (not runs in --share)",
     )
     parser.add_argument("--quiet", action="store_true", help="print the result only")
     parser.set_defaults(run=_compare)
@@ -94,7 +96,9 @@ def _compare(options: argparse.Namespace) -> int:
     console = Console()
     if options.list or options.recipe is None:
         for one in bundled_recipes():
-            console.print(f"{one.name:36} {one.summary}", highlight=False, markup=False)
+            console.print(
+                f"{one.name:36} {one.summary}", highlight=False, markup=False, soft_wrap=True
+            )
         if not options.list:
             raise ValueError("name a recipe: one of these, or a file of your own")
         return EXIT_OK
@@ -107,14 +111,14 @@ def _compare(options: argparse.Namespace) -> int:
     recipe, folder = _chosen(options)
     if options.dry_run:
         for line in describe(recipe):
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         return EXIT_OK
     if options.fresh and folder.exists():
         remove_study(folder)
     with StudyDisplay(console, quiet=options.quiet) as display:
         if not options.quiet:
             for remark in recipe.remarks:
-                console.print(f"note: {remark}", highlight=False, markup=False)
+                console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
         display.expect(n_jobs(recipe))
         result = run_compare(
             recipe,
@@ -128,7 +132,7 @@ def _compare(options: argparse.Namespace) -> int:
             say=display.say,
         )
     for line in summary_lines(folder, result.comparison):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nreport: {result.report}\nin {result.seconds:.0f} s", highlight=False)
     return EXIT_OK
 

@@ -95,7 +95,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     from mda_lightning.recipes.summary import summary_lines
 
     for line in summary_lines(folder, compare_study(folder)):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nreport: {result.report}\nin {result.seconds:.0f} s", highlight=False)
     return EXIT_OK
 

@@ -89,7 +89,7 @@ class StudyDisplay:
             label = job.title
             if progress.phase != "training":
                 label = f"{job.title}, {progress.phase}"
-            elif job.kind == "base":
+            elif job.kind == "base" and job.spec.get("branch") is None:
                 label = f"{job.title}, until its window closes"
             self._update(
                 job.title, label, progress.done, progress.total, progress.remark, ended=False

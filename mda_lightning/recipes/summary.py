@@ -17,7 +17,8 @@ def summary_lines(folder: Path, comparison: StudyComparison) -> list[str]:
 def _seed_line(seed: SeedRun) -> str:
     if seed.without_window:
         return f"seed {seed.seed}: {seed.message}"
-    text = f"seed {seed.seed}: {seed.target} formed in steps {seed.window.start}-{seed.window.end}"
+    formed = "in the recipe's steps" if seed.window.end_reason == "recipe" else "formed in steps"
+    text = f"seed {seed.seed}: {seed.target} {formed} {seed.window.start}-{seed.window.end}"
     baseline = seed.arms.get(BASELINE)
     if baseline is None or baseline.value is None:
         return text

@@ -7,7 +7,6 @@ script could not do.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,21 +29,12 @@ from mda_lightning.interventions import Plan
 from mda_lightning.measures import measure
 from mda_lightning.mechanisms import Mechanism, mechanism
 from mda_lightning.pretraining import PythiaModule
+from mda_lightning.recipes.studies.jobs import stop_if_alone
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.recipes.studies.study_corpus import filled_in
 
 _PROGRESS_SECONDS = 0.5
 _RESUME = "resume"
-
-
-def stop_if_alone(parent: int) -> None:
-    """End this process where the one that waits for it is gone.
-
-    Raises:
-        SystemExit: it is.
-    """
-    if os.getppid() != parent:
-        raise SystemExit("the process that waits for this one is gone")
 
 
 class ProgressFile(pl.Callback):
@@ -54,7 +44,6 @@ class ProgressFile(pl.Callback):
         self._path = folder / "progress.json"
         self._title, self._metric = title, metric
         self._due = 0.0
-        self._parent = os.getppid()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -63,7 +52,7 @@ class ProgressFile(pl.Callback):
         if now < self._due:
             return
         self._due = now + _PROGRESS_SECONDS
-        stop_if_alone(self._parent)
+        stop_if_alone()
         best = trainer.callback_metrics.get(f"{self._metric}/max")
         remark = "" if best is None or math.isnan(float(best)) else f"highest {float(best):.2f}"
         write_json(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mda_lightning.files import read_json, write_json
+from mda_lightning.recipes.studies.jobs import stop_if_alone
 
 
 def peak_memory_bytes() -> int:
@@ -25,6 +26,7 @@ def main(folder: str) -> None:
     from mda_lightning.recipes.studies.runs import run_arm, run_base
     from mda_lightning.recipes.studies.subsets import train_on_subsets
 
+    stop_if_alone()
     # One thread: two speed a run of this size by little, and a resumed run is exact with one.
     torch.set_num_threads(1)
     # Lightning's advice on workers and devices is for someone who chose this set-up by hand.

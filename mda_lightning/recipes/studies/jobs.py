@@ -31,6 +31,8 @@ _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
 }
 _STOP_SECONDS = 10
+WAITING = "MDA_LIGHTNING_WAITING_PROCESS"
+"""Environment variable: the process that waits for a job, without which it is to end."""
 
 
 class JobError(RuntimeError):
@@ -148,6 +150,17 @@ def run_jobs(
     return results
 
 
+def stop_if_alone() -> None:
+    """End this job's process where the one that waits for it is gone.
+
+    Raises:
+        SystemExit: it is.
+    """
+    waiting = os.environ.get(WAITING)
+    if waiting is not None and os.getppid() != int(waiting):
+        raise SystemExit("the process that waits for this one is gone")
+
+
 def _start(job: Job) -> subprocess.Popen[bytes]:
     if job.folder.exists() and not (job.resumable and _began(job)):
         shutil.rmtree(job.folder)
@@ -161,7 +174,13 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**_KEEP_MEMORY, **os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"},
+            env={
+                **_KEEP_MEMORY,
+                **os.environ,
+                **threads,
+                "TOKENIZERS_PARALLELISM": "false",
+                WAITING: str(os.getpid()),
+            },
             # Ctrl-C reaches the parent alone, which then stops its jobs in order.
             start_new_session=True,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +22,15 @@ from mda_lightning.recipes.studies.arms import steps_of
 from mda_lightning.recipes.studies.building import (
     build_module,
     corpora_of,
-    stop_if_alone,
     study_mechanism,
     study_order,
 )
+from mda_lightning.recipes.studies.jobs import stop_if_alone
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.schedule import Schedule
 from mda_lightning.shuffling import key_of, keyed_order
 from mda_lightning.store import ScoreTable
+from mda_lightning.store.layout import TABLE_FILE
 from mda_lightning.store.rankings import INDEX, write_rankings
 
 _ROWS_AT_ONCE = 4096
@@ -127,6 +127,9 @@ def rank_samples(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     for number, kind in enumerate(kinds):
         if kind not in made:
             place = folder / f"{kind.curvature}-{kind.probe_function}"
+            if (place / TABLE_FILE).is_file():  # of this job before it was interrupted
+                made[kind] = place
+                continue
             _score(kind, settings, spec, place, data, inside, number=(number, len(kinds)))
             made[kind] = place
     for name, kind in wanted.items():
@@ -176,10 +179,10 @@ def _score(
     }
     mechanism = study_mechanism(settings, rows, probe_function=kind.probe_function)
     units = describe(module.model).heads
-    work, parent = place.with_name(f".{place.name}.scoring"), os.getppid()
+    work = place.with_name(f".{place.name}.scoring")
 
     def tell(phase: str, done: int, total: int) -> None:
-        stop_if_alone(parent)
+        stop_if_alone()
         write_json(
             place.parent / "progress.json",
             {

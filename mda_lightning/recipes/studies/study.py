@@ -185,6 +185,9 @@ class Study:
             follow = self._after_base(seed, job, result)
         elif job.kind == "rankings":
             entry["rankings"] = self.relative(job.folder)
+            if entry["scores"] is None and "influence" in result["names"]:
+                scores = Rankings.open(job.folder).table("influence").folder
+                entry["scores"] = self.relative(scores)
             follow = self._arm_jobs(seed, job.folder)
         elif job.kind == "subsets":
             entry["subsets"] = self.relative(job.folder / "subsets.npz")

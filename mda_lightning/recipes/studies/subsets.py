@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from mda_lightning.recipes.studies.building import (
     build_module,
     build_trainer,
     corpora_of,
-    stop_if_alone,
     study_mechanism,
     study_order,
 )
+from mda_lightning.recipes.studies.jobs import stop_if_alone
 from mda_lightning.recipes.studies.runs import check_branch
 from mda_lightning.recipes.studies.settings import StudySettings
 from mda_lightning.units import parse_unit
@@ -64,9 +63,8 @@ def train_on_subsets(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     before = found.get("before") if mu else None
     if before is None:
         before = _trained(settings, spec, checkpoint, ids, everything, (first, first))
-    parent = os.getppid()
     while len(mu) < what.count:
-        stop_if_alone(parent)
+        stop_if_alone()
         kept = kept_of(len(mu), len(ids), keep=what.keep, seed=seed)
         mu.append(_trained(settings, spec, checkpoint, ids, kept, steps))
         write_json(folder / _SO_FAR, {"key": key, "mu": mu, "before": before})
