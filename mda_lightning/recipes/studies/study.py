@@ -179,8 +179,7 @@ class Study:
         seed = int(job.spec["seed"])
         self._peaks.append(int(result["peak_memory_bytes"]))
         self.timings[job.title] = float(result["seconds"])
-        follow: list[Job] = []
-        entry = self._seeds.get(seed, {})
+        follow, entry = list[Job](), self._seeds.get(seed, {})
         if job.kind == "base":
             follow = self._after_base(seed, job, result)
         elif job.kind == "rankings":
