@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from mda_lightning.base_order import BaseOrder
+from mda_lightning.interventions import Plan
+from mda_lightning.interventions.selection import samples_of
+from mda_lightning.recipes.studies.arms import steps_of
 from mda_lightning.recipes.studies.contradictions import (
     ContradictionError,
     refuse_contradictions,
@@ -139,6 +143,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"monitor.every_n_steps": 0}, "monitor.every_n_steps is 0; at least 1"),
     ({"monitor.thresholds": (0.2, 1.5)}, "monitor.thresholds holds 1.5"),
     (
+        {"monitor.every_n_steps": 15},
+        "monitor.quiet_every_n_steps is 50, no multiple of monitor.every_n_steps, 15: both share "
+        "one grid of steps; give a multiple, such as 45",
+    ),
+    ({"monitor.quiet_every_n_steps": 5}, "is 5, no multiple of monitor.every_n_steps, 10"),
+    (
         {**FIXED, "monitor.every_n_steps": 50},
         "averaged_evaluations is 5, every 50 steps: 250 steps, and the window has 200",
     ),
@@ -164,6 +174,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "rankings.a.curvature is kfac, and the method 'loss' has none",
     ),
     ({"rankings": {"a": RankingSettings(n=0)}}, "rankings.a.n is 0"),
+    (
+        {"rankings": {"a": RankingSettings("repeated_ngrams", n=130)}},
+        "rankings.a.n is 130, and a row has 129 tokens (corpus.sequence_length and one more); give "
+        "at most 129",
+    ),
     (
         {
             "rankings": {"a": RankingSettings(probe_function="copy_logprob")},
@@ -260,6 +275,26 @@ ARMS: list[tuple[dict[str, ArmSettings], str]] = [
         "arms.x.steps begins at 100%, and arms are compared at the window's end",
     ),
     (
+        {
+            "m": ArmSettings(),
+            "c": ArmSettings(control_of="m"),
+            "i": ArmSettings(do="insert", control="c"),
+        },
+        "arms.i.control is 'c', which does 'mask', and the arm 'insert': their difference would",
+    ),
+    (
+        {"m": ArmSettings(control="p"), "p": ArmSettings(do="prune")},
+        "arms.m.control is 'p', which does 'prune', and the arm 'mask'",
+    ),
+    (
+        one(from_steps=("0%", "50%")),
+        "arms.x.from_steps is [0%, 50%] and its steps are [0%, 100%]: a mask can only take what",
+    ),
+    (
+        one(from_steps=("0%", "50%"), steps=("50%", "100%")),
+        "arms.x.from_steps is [0%, 50%] and its steps are [50%, 100%]",
+    ),
+    (
         {"x": ArmSettings(fraction=0.1), "y": ArmSettings()},
         "arms.x and arms.y are the same; leave one out",
     ),
@@ -302,12 +337,129 @@ def test_places_are_checked_as_steps_where_the_window_is_fixed(arm: ArmSettings,
     assert said in refused(settings({"x": arm}, **FIXED))
 
 
+def with_control(**fields: Any) -> dict[str, ArmSettings]:
+    return one(**fields) | {"c": ArmSettings(control_of="x")}
+
+
+# The window [100, 300) of the 8 samples of a step has 1,600.
+POOLS: list[tuple[dict[str, ArmSettings], dict[str, Any], str]] = [
+    (with_control(fraction=0.6), FIXED, "arms.x treats 60% of the 1,600 samples of its interval"),
+    (with_control(fraction=0.6), {}, "arms.x treats 60% of the samples and has a random control"),
+    (with_control(), {"intervention.fraction": 0.7}, "arms.x treats 70% of the samples"),
+    (
+        with_control(steps=(100, 101)),
+        FIXED | {"training.batch_size": 1, "training.micro_batch": None},
+        "arms.x treats 10% of the 1 samples of its interval",
+    ),
+    (
+        with_control(count=801),
+        FIXED,
+        "arms.x.count is 801, and as many others for its random control, and its interval has "
+        "1,600 samples; give at most 800, or choose from more steps",
+    ),
+    (one(count=1601), FIXED, "arms.x.count is 1,601, and its interval has 1,600 samples; give at"),
+    (one(count=401, steps=("50%", 250)), FIXED, "its interval has 400 samples; give at most 400"),
+    (one(do="insert", count=401, from_steps=(100, 150)), FIXED, "has 400 samples"),
+    (one(count=1001), FIXED | {"corpus.n_rows": 1000}, "its interval has 1,000 samples"),
+    (one(count=45_001), {}, "arms.x.count is 45,001, and training has 45,000 samples"),
+    (with_control(do="insert", count=22_501), {}, "give at most 22,500"),
+    (
+        with_control(do="insert", generator="records", count=1601),
+        FIXED,
+        "arms.x.count is 1,601, and its interval has 1,600 samples",
+    ),
+    (
+        with_control(do="replace", steps=(200, 300), from_steps=(100, 150), fraction=0.6),
+        FIXED,
+        "arms.x treats 60% of the 400 samples",
+    ),
+    (
+        with_control(do="replace", steps=(200, 300), from_steps=(100, 150), count=201),
+        FIXED,
+        "arms.x.count is 201, and as many others for its random control, and its interval has 400",
+    ),
+    (
+        with_control(do="replace", steps=("50%", "100%"), from_steps=("0%", "50%"), fraction=0.6),
+        {},
+        "arms.x treats 60% of the samples",
+    ),
+    (with_control(do="steer", fraction=0.6), {}, "arms.x treats 60% of the samples"),
+    (
+        with_control(do="steer", fraction=0.5),
+        {"training.batch_size": 5},
+        "arms.x masks up to 3 of the 5 samples of a batch and has a random control",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arms", "changes", "said"), POOLS, ids=[said[:50] for *_, said in POOLS])
+def test_more_samples_than_there_are_are_refused(
+    arms: dict[str, ArmSettings], changes: dict[str, Any], said: str
+) -> None:
+    assert said in refused(settings(arms, **changes))
+
+
+def test_as_many_samples_as_there_are_are_not_refused() -> None:
+    for arms in (
+        with_control(fraction=0.5),
+        one(fraction=1.0),
+        one(count=1600),
+        with_control(count=800),
+        with_control(do="insert", generator="records", count=1600),
+        with_control(do="replace", steps=("40%", "50%"), from_steps=("0%", "40%"), fraction=0.9),
+        with_control(do="prune", fraction=0.95),
+        with_control(do="steer", fraction=0.5),
+        with_control(do="steer", policy="amplify", fraction=0.5),
+        one(do="steer", fraction=0.9),
+    ):
+        for window in (FIXED, {}):
+            refuse_contradictions(settings(arms, **window))
+
+
+def test_a_pool_is_as_large_as_the_stream_makes_it() -> None:
+    """The limit that is named is one that the plans can be made with, and one more is not."""
+    for fields in ({"steps": ("50%", "75%")}, {"do": "insert", "from_steps": (250, 300)}):
+        base = settings(**FIXED, **{"corpus.n_rows": 3000})
+        order = BaseOrder(3000, base.training.batch_size, base.training.max_steps)
+        steps = steps_of(fields.get("from_steps") or fields.get("steps"), (100, 300))
+        limit = len(samples_of(order, steps)) // 2
+        made = settings(with_control(count=limit, **fields), **FIXED)
+        refuse_contradictions(made)
+        ids = samples_of(order, steps)
+        Plan.mask(ids[:limit]).random_control(ids, seed=0)
+        with pytest.raises(ValueError, match="the random control needs"):
+            Plan.mask(ids[: limit + 1]).random_control(ids, seed=0)
+        over = settings(with_control(count=limit + 1, **fields), **FIXED)
+        assert f"give at most {limit}" in refused(over)
+
+
+IN_RUN = {"scoring.estimator": "in_run"}
+
+
+def test_in_run_scores_are_of_the_window_alone() -> None:
+    for arms, key in (
+        (one(do="insert", from_steps=("-10%", "50%")), "from_steps is [-10%, 50%]"),
+        (one(do="insert", from_steps=(300, 400)), "from_steps is [300, 400]"),
+        (one(steps=("0%", "110%")), "steps is [0%, 110%]"),
+        (one(do="replace", steps=("50%", "110%")), "steps is [50%, 110%]"),
+    ):
+        said = refused(settings(arms, **IN_RUN))
+        assert f"arms.x.{key} and scoring.estimator 'in_run'" in said
+        refuse_contradictions(settings(arms))
+    for arms in (
+        one(do="insert", from_steps=("0%", "100%"), steps=("0%", "120%")),
+        one(steps=("25%", "50%")),
+    ):
+        refuse_contradictions(settings(arms, **IN_RUN))
+
+
 def test_what_holds_together_is_not_refused() -> None:
     refuse_contradictions(StudySettings())
     refuse_contradictions(settings({}))
     for arms in (
         one(steps=("-50%", 150)),  # branches before the window
-        one(from_steps=(300, 400)),  # later samples may be chosen
+        one(do="insert", from_steps=(300, 400)),  # later samples may be chosen
+        one(steps=("50%", "100%"), from_steps=(200, 300)),  # the same steps
         one(do="insert", steps=(50, 51), mode="concentrated", placement="shift", count=1000),
         one(do="prune", fraction=0.95),
         one(do="steer", policy="amplify", refresh_every=20, unit="second"),
@@ -342,6 +494,35 @@ def test_remarks_name_arms_without_control_and_few_seeds() -> None:
     # An arm that others are compared with is itself a control.
     serving = {"x": ArmSettings(control="z"), "z": ArmSettings(by="random")}
     assert remarks_on(settings(serving), tuple(range(5))) == ()
+
+
+def test_remarks_on_controls_that_were_drawn_for_an_arm_of_another_kind() -> None:
+    seeds = tuple(range(5))
+    arms = {
+        **STANDARD_ARMS,
+        "more": ArmSettings(do="insert", fraction=0.2, copies=3, control="insert-random"),
+        "same": ArmSettings(do="insert", fraction=0.1, unit="second", control="insert-random"),
+    }
+    (said,) = remarks_on(settings(arms, **{"scoring.units": "all"}), seeds)
+    assert said == (
+        "more is compared with insert-random, which was drawn for insert-top, and differs from "
+        "that one in fraction, copies: no matched control (control_of=more is)"
+    )
+
+
+def test_remarks_on_what_hangs_on_the_window() -> None:
+    seeds = tuple(range(5))
+    numbered = with_control(steps=("50%", 9000))
+    (said,) = remarks_on(settings(numbered), seeds)
+    assert said.startswith("steps of x are numbers, and the window is yet to be found")
+    assert remarks_on(settings(with_control(steps=("50%", 290)), **FIXED), seeds) == ()
+    arms = {**STANDARD_ARMS, "k": ArmSettings(by="kfac", control="mask-random")}
+    made = settings(arms, **IN_RUN, rankings={"mine": RankingSettings(probe_function="attention")})
+    (said,) = remarks_on(made, seeds)
+    assert said.startswith("scoring.estimator is in_run, and kfac would need another curvature")
+    assert "by replay at mid" in said
+    assert remarks_on(settings(arms), seeds) == ()
+    assert remarks_on(settings(**IN_RUN), seeds) == ()
 
 
 def test_remarks_on_scores_order_passes_and_subsets() -> None:

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any
 
 from mda_lightning.corpora.inserted import GENERATORS
 from mda_lightning.pretraining.sizes import pythia_size
@@ -17,6 +16,7 @@ from mda_lightning.units import parse_unit
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _PERCENT = re.compile(r"\s*-?\d+(\.\d+)?\s*%\s*")
+WINDOW: tuple[Position, Position] = ("0%", "100%")
 _RELATIVE_UNITS = ("target", "second", "lowest")
 
 #: Which ``do`` takes a setting, for those that not all of them take.
@@ -48,6 +48,8 @@ def arm_contradictions(settings: StudySettings) -> Iterator[str]:
             yield from _choices(name, arm, settings)
             yield from _steps(name, arm, settings)
     yield from _equal_arms(settings)
+    if settings.scoring.estimator == "in_run" and not settings.window.is_fixed:
+        yield from _in_run(settings)
 
 
 def unit_contradiction(where: str, unit: str, model: ModelSettings) -> str | None:
@@ -126,6 +128,19 @@ def _controls(name: str, arm: ArmSettings, settings: StudySettings) -> Iterator[
             )
         elif control == name:
             yield f"arms.{name}.control is the arm itself; name another one"
+        elif (does := operation_of(control, settings)) not in (arm.do, None):
+            yield (
+                f"arms.{name}.control is {control!r}, which does {does!r}, and the arm {arm.do!r}: "
+                "their difference would be that of the operations; name an arm that does the same, "
+                "or leave it out"
+            )
+
+
+def operation_of(name: str, settings: StudySettings) -> str | None:
+    """What an arm does, a control that for which it is drawn; None without such an arm."""
+    arm = settings.arms[name]
+    owner = arm if arm.control_of is None else settings.arms.get(arm.control_of)
+    return None if owner is None else owner.do
 
 
 def _fields(name: str, arm: ArmSettings) -> Iterator[str]:
@@ -202,6 +217,17 @@ def _steps(name: str, arm: ArmSettings, settings: StudySettings) -> Iterator[str
         positions = getattr(arm, key)
         if positions is not None:
             yield from _interval(f"arms.{name}.{key}", positions, settings, done=key == "steps")
+    if arm.do == "mask" and arm.from_steps is not None:
+        steps, chosen = (
+            [_placed(one, settings) for one in pair or WINDOW]
+            for pair in (arm.steps, arm.from_steps)
+        )
+        if steps != chosen:
+            yield (
+                f"arms.{name}.from_steps is {_pair(arm.from_steps)} and its steps are "
+                f"{_pair(arm.steps or WINDOW)}: a mask can only take what stands in its steps, and "
+                "chooses from them; leave from_steps out"
+            )
 
 
 def _interval(
@@ -217,7 +243,7 @@ def _interval(
         )
         return
     fixed = window.start is not None and window.end is not None
-    start, end = (_place(one, settings) for one in positions)
+    start, end = (known_step(one, settings) for one in positions)
     if start is None or end is None:  # a found window: percentages compare with each other
         parts = [float(one.strip(" %")) for one in positions if isinstance(one, str)]
         if len(parts) == 2 and parts[0] >= parts[1]:
@@ -257,22 +283,51 @@ def _interval(
         )
 
 
-def _place(position: Position, settings: StudySettings) -> int | None:
-    """A position's step, where the recipe says it."""
+def known_step(position: Position, settings: StudySettings) -> int | None:
+    """A position's step, where the recipe says it; None of a place in a window yet to be found."""
     if isinstance(position, int):
         return position
     start, end = settings.window.start, settings.window.end
-    if start is None or end is None:
+    if start is None or end is None or not _PERCENT.fullmatch(position):
         return None
     return start + round(float(position.strip(" %")) / 100 * (end - start))
+
+
+def _placed(position: Position, settings: StudySettings) -> Position:
+    at = known_step(position, settings)
+    return position if at is None else at
 
 
 def _pair(positions: tuple[Position, Position]) -> str:
     return f"[{positions[0]}, {positions[1]}]"
 
 
+def _in_run(settings: StudySettings) -> Iterator[str]:
+    """In-run scores are of samples of the window, which is not known when they are chosen from."""
+    for name, arm in settings.arms.items():
+        if arm.control_of is not None or arm.do not in ("mask", "insert", "replace"):
+            continue
+        asked = {"steps" if arm.do == "mask" else "from_steps": chosen_from(arm)}
+        if arm.do == "replace":
+            asked["steps"] = arm.steps
+        for key, positions in asked.items():
+            if positions is not None and not all(map(_is_inside, positions)):
+                yield (
+                    f"arms.{name}.{key} is {_pair(positions)} and scoring.estimator 'in_run', "
+                    "whose scores are of samples of the window that is found; choose from 0% to "
+                    "100% of it, or use scoring.estimator=replay"
+                )
+
+
+def _is_inside(position: Position) -> bool:
+    """Whether a position is in the window wherever that is."""
+    if isinstance(position, int) or not _PERCENT.fullmatch(position):
+        return False
+    return 0 <= float(position.strip(" %")) <= 100
+
+
 def _equal_arms(settings: StudySettings) -> Iterator[str]:
-    contents = {name: _content(arm, settings) for name, arm in settings.arms.items()}
+    contents = {name: settled(arm, settings) for name, arm in settings.arms.items()}
     for first, second in combinations(contents, 2):
         if contents[first] == contents[second]:
             way_out = "leave one out"
@@ -281,9 +336,15 @@ def _equal_arms(settings: StudySettings) -> Iterator[str]:
             yield f"arms.{first} and arms.{second} are the same; {way_out}"
 
 
-def _content(arm: ArmSettings, settings: StudySettings) -> Any:
+def chosen_from(arm: ArmSettings) -> tuple[Position, Position] | None:
+    """Where an arm's samples are chosen from: those of a mask, from the steps it is done in."""
+    return arm.steps if arm.do == "mask" else arm.from_steps
+
+
+def settled(arm: ArmSettings, settings: StudySettings) -> dict[str, str]:
+    """What an arm does, with the settings that it takes from elsewhere; equal of equal arms."""
     if arm.control_of is not None:
-        return ("control", arm.control_of, arm.draw)
+        return {"control_of": arm.control_of, "draw": str(arm.draw)}
     what = settings.intervention
     values = dataclasses.asdict(arm) | {"control": None}
     if arm.count is None and arm.fraction is None:
@@ -293,11 +354,9 @@ def _content(arm: ArmSettings, settings: StudySettings) -> Any:
             values[key] = getattr(arm, key) if getattr(arm, key) is not None else getattr(what, key)
     if arm.do != "prune" and arm.generator is None:
         values["draw"] = 0  # which nothing but random choices goes by
-    window: tuple[Position, Position] = ("0%", "100%")
     for key in ("steps", "from_steps"):
-        pair = values[key] or window
-        values[key] = tuple(one if (at := _place(one, settings)) is None else at for one in pair)
-    return tuple(sorted((key, str(value)) for key, value in values.items()))
+        values[key] = tuple(_placed(one, settings) for one in values[key] or WINDOW)
+    return {key: str(value) for key, value in values.items()}
 
 
 def _rankings(settings: StudySettings) -> Iterator[str]:
@@ -309,8 +368,18 @@ def _rankings(settings: StudySettings) -> Iterator[str]:
                         f"rankings.{name}.{key} is {getattr(ranking, key)}, and the method "
                         f"{ranking.method!r} has none; leave it out, or rank by influence"
                     )
+        row = settings.corpus.sequence_length + 1
         if ranking.n < 1:
             yield f"rankings.{name}.n is {ranking.n}; an n-gram has at least 1 token"
+        elif (
+            ranking.method == "repeated_ngrams"
+            and settings.corpus.kind != "rows"
+            and row < ranking.n
+        ):
+            yield (
+                f"rankings.{name}.n is {ranking.n}, and a row has {row} tokens "
+                f"(corpus.sequence_length and one more); give at most {row}"
+            )
     used = {arm.by for arm in settings.arms.values() if arm.control_of is None}
     used |= set(settings.subsets.rankings) if settings.subsets.count else set()
     for name in sorted(used | set(settings.rankings)):

@@ -1,4 +1,4 @@
-"""Settings that contradict each other, refused before anything is run; and what to know of others.
+"""Settings that contradict each other, refused before anything is run.
 
 Types are checked where a recipe is read; here is what values say against each other.
 """
@@ -9,11 +9,15 @@ from collections.abc import Iterator
 
 from mda_lightning.mechanisms import MECHANISMS
 from mda_lightning.pretraining.sizes import PYTHIA_SIZES
-from mda_lightning.recipes.studies.arm_contradictions import arm_contradictions, unit_contradiction
+from mda_lightning.recipes.studies.arm_contradictions import (
+    arm_contradictions,
+    unit_contradiction,
+)
+from mda_lightning.recipes.studies.pool_contradictions import pool_contradictions
+from mda_lightning.recipes.studies.remarks import remarks_on
 from mda_lightning.recipes.studies.settings import RANKINGS, StudySettings
 
-_ENOUGH_SEEDS = 5
-_ENOUGH_SUBSETS = 20
+__all__ = ["ContradictionError", "refuse_contradictions", "remarks_on"]
 
 
 class ContradictionError(ValueError):
@@ -33,11 +37,6 @@ def refuse_contradictions(settings: StudySettings) -> None:
         raise ContradictionError(f"{found[0]}{more}")
 
 
-def remarks_on(settings: StudySettings, seeds: tuple[int, ...]) -> tuple[str, ...]:
-    """What can be run and should be known: missing controls, too few seeds for an interval."""
-    return tuple(_remarks(settings, seeds))
-
-
 def _contradictions(settings: StudySettings) -> Iterator[str]:
     if settings.mechanism not in MECHANISMS:
         yield f"mechanism is {settings.mechanism!r}; there are: {', '.join(MECHANISMS)}"
@@ -50,6 +49,7 @@ def _contradictions(settings: StudySettings) -> Iterator[str]:
     yield from _monitor(settings)
     if settings.model.size is None or _known_size(settings):
         yield from arm_contradictions(settings)
+    yield from pool_contradictions(settings)
     yield from _subsets(settings)
 
 
@@ -233,6 +233,13 @@ def _monitor(settings: StudySettings) -> Iterator[str]:
     for threshold in monitor.thresholds:
         if not 0 < threshold < 1:
             yield f"monitor.thresholds holds {threshold:g}; μ is an attention, between 0 and 1"
+    every, quiet = monitor.every_n_steps, monitor.quiet_every_n_steps
+    if not window.is_fixed and every > 0 and quiet > 0 and (quiet < every or quiet % every):
+        yield (
+            f"monitor.quiet_every_n_steps is {quiet}, no multiple of monitor.every_n_steps, "
+            f"{every}: both share one grid of steps; give a multiple, such as "
+            f"{max(1, round(quiet / every)) * every}"
+        )
     averaged = monitor.averaged_evaluations * monitor.every_n_steps
     if window.start is not None and window.end is not None:
         length = window.end - window.start
@@ -273,55 +280,3 @@ def _subsets(settings: StudySettings) -> Iterator[str]:
             f"subsets.steps is {subsets.steps}, training.max_steps {settings.training.max_steps}; "
             "subsets are trained on inside the window, for fewer steps"
         )
-
-
-def _remarks(settings: StudySettings, seeds: tuple[int, ...]) -> Iterator[str]:
-    without = [
-        name
-        for name, arm in settings.arms.items()
-        if arm.control_of is None
-        and settings.control_of(name) is None
-        and not _is_control(name, settings)
-    ]
-    if without:
-        yield (
-            f"no matched random control: {', '.join(without)}; compared with the baseline only, "
-            "from which any change of data differs (control_of or control gives one)"
-        )
-    if len(seeds) == 1:
-        yield "one seed: differences have no interval; give more (seeds=5)"
-    elif len(seeds) < _ENOUGH_SEEDS:
-        yield f"{len(seeds)} seeds: intervals over so few are wide; give more (seeds=5)"
-    corpus, training = settings.corpus, settings.training
-    if corpus.kind == "megatron" and corpus.shuffle:
-        yield (
-            "corpus.shuffle is true: the order of a preshuffled corpus is not kept, so that step i "
-            "sees other samples than it saw originally"
-        )
-    if not corpus.shuffle and corpus.n_rows is not None:
-        needed = training.batch_size * (settings.window.end or training.max_steps)
-        if corpus.n_rows < needed:
-            yield (
-                f"corpus.n_rows is {corpus.n_rows:,}, and {needed:,} samples are trained on: the "
-                "corpus is gone through more than once"
-            )
-    other = sorted(
-        name
-        for name, arm in settings.arms.items()
-        if arm.control_of is None and arm.unit != "target" and arm.do != "steer"
-    )
-    if other and settings.scoring.units == "target":
-        yield (
-            f"scoring.units is target, and {', '.join(other)} ranks by another head: samples are "
-            "scored again, for all heads; scoring.units=all scores them once"
-        )
-    if 0 < settings.subsets.count < _ENOUGH_SUBSETS:
-        yield (
-            f"{settings.subsets.count} subsets a seed: a rank correlation of so few is uncertain; "
-            f"{_ENOUGH_SUBSETS} or more say more"
-        )
-
-
-def _is_control(name: str, settings: StudySettings) -> bool:
-    """Whether other arms are compared with it."""
-    return any(arm.control == name for arm in settings.arms.values())
