@@ -81,7 +81,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         },
         "held_out_rows is 9: of a Megatron corpus the rows after the training rows",
     ),
-    ({"corpus.sequence_length": 1}, "corpus.sequence_length is 1"),
+    ({"corpus.sequence_length": 39}, "corpus.sequence_length is 39; at least 40 is needed"),
     ({"corpus.records_share": 2.0}, "corpus.records_share is 2"),
     ({"corpus.pieces_per_name": (5, 4)}, "corpus.pieces_per_name is [5, 4]"),
     # training

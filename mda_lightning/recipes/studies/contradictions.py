@@ -19,6 +19,8 @@ from mda_lightning.recipes.studies.settings import RANKINGS, StudySettings
 
 __all__ = ["ContradictionError", "refuse_contradictions", "remarks_on"]
 
+_SHORTEST_CONTEXT = 40
+
 
 class ContradictionError(ValueError):
     """Settings that cannot hold together; the message names them and the way out."""
@@ -110,8 +112,11 @@ def _corpus(settings: StudySettings) -> Iterator[str]:
             f"corpus.held_out_rows is {corpus.held_out_rows}: of a Megatron corpus the rows after "
             "the training rows are held out; give corpus.n_rows"
         )
-    if corpus.sequence_length < 2:
-        yield f"corpus.sequence_length is {corpus.sequence_length}; at least 2 is needed"
+    if corpus.kind != "rows" and corpus.sequence_length < _SHORTEST_CONTEXT:
+        yield (
+            f"corpus.sequence_length is {corpus.sequence_length}; at least {_SHORTEST_CONTEXT} is "
+            "needed: the longest sequence of the induction score has 20 tokens, twice"
+        )
     if not 0 <= corpus.records_share <= 1:
         yield f"corpus.records_share is {corpus.records_share:g}; it is a share, 0 to 1"
     for key in ("pieces_per_name", "lines_per_record"):

@@ -75,8 +75,8 @@ def intervals_of(
         asked.append((middle, middle + settings.subsets.steps))
     for arm in settings.arms.values():
         if arm.control_of is None and arm.do in ("mask", "insert", "replace"):
-            asked += [steps_of(arm.from_steps, window)]
-            asked += [steps_of(arm.steps, window)] if arm.do == "replace" else []
+            own, chosen = steps_of(arm.steps, window), steps_of(arm.from_steps, window)
+            asked += {"mask": [own], "insert": [chosen], "replace": [own, chosen]}[arm.do]
     merged: list[tuple[int, int]] = []
     for start, end in sorted(asked):
         if merged and start <= merged[-1][1]:

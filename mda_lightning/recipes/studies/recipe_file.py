@@ -88,6 +88,8 @@ def read_recipe(path_or_name: str | os.PathLike[str], overrides: Sequence[str] =
             settings that contradict each other. The message names the file.
     """
     path = _find(path_or_name, None)
+    if path.name.startswith("_"):
+        raise RecipeError(f"{path.name} is only there to be extended: extends: {path.stem}")
     try:
         values = _merged_with_bases(path, ())
         values.setdefault("arms", {name: _changed(arm) for name, arm in STANDARD_ARMS.items()})
