@@ -86,3 +86,13 @@ def test_scores_of_another_fit_are_refused() -> None:
     fit = TailFit(3.0, 0.1, 1.0, 50, 0.1, None)
     with pytest.raises(ValueError, match="2 scores are at or above"):
         tail_alternatives([0.5, 1.0, 2.0], fit)
+
+
+def test_a_tail_holds_every_score_that_equals_its_cut_off() -> None:
+    """Replayed scores of the same sample are equal; a cut-off between two of them is none."""
+    rng = np.random.default_rng(5)
+    scores = np.repeat(rng.pareto(2.0, size=400) + 1.0, 3)
+    fit = fit_tail(scores, n_bootstrap=0)
+    assert fit is not None
+    assert fit.n_tail == int((scores >= fit.cutoff).sum())
+    assert len(tail_alternatives(scores, fit)) == 2

@@ -189,7 +189,9 @@ def fit_tail(
     positive = np.sort(values[values > 0])
     if positive.size < MIN_TAIL:
         return None
-    starts = _candidate_starts(positive.size, candidates)
+    # A tail holds every score at its cut-off, where several are equal.
+    spread = _candidate_starts(positive.size, candidates)
+    starts = np.unique(np.searchsorted(positive, positive[spread]))
     exponent, start, ks = _fit_sorted(positive, starts)
     if start < 0:
         return None
