@@ -17,6 +17,7 @@ from tests.study_runs import TINY, run_here
 
 SHRUNK = (20, 40)
 SLOW = [
+    "cross-stage-replacement",
     "insertion-ablation",
     "transfer-across-heads",
     "selection-baselines",
@@ -75,7 +76,6 @@ def shrunk(settings: StudySettings, text: Path) -> StudySettings:
     "name",
     [
         "pythia-14m-induction",
-        "cross-stage-replacement",
         *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
