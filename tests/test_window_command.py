@@ -726,7 +726,11 @@ def test_an_interrupted_call_has_written_nothing_and_says_so(
         (["report", "x"], "mda_lightning.analysis.report.build_report", "builds it anew"),
         (["data", "embedded", "x"], "mda_lightning.recipes.corpus.make_corpus", "no corpus"),
         (["fit"], "mda_lightning.recipes.fit.fit", "--ckpt_path"),
-        (["quickstart"], "mda_lightning.recipes.studies.quickstart.run_quickstart", "goes on from there"),
+        (
+            ["quickstart"],
+            "mda_lightning.recipes.studies.quickstart.run_quickstart",
+            "goes on from there",
+        ),
     ],
 )
 def test_an_interruption_says_what_it_leaves(
