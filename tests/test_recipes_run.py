@@ -44,7 +44,7 @@ def shrunk(settings: StudySettings, text: Path) -> StudySettings:
         return (start, max(end, start + 1)) if isinstance(start, int) else (start, end)
 
     def arm(one: ArmSettings) -> ArmSettings:
-        count = None if one.count is None else max(2, one.count // 12_500)
+        count = None if one.count is None else max(2, one.count // 6_250)
         return replace(
             one, count=count, steps=interval(one.steps), from_steps=interval(one.from_steps)
         )
